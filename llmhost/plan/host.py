@@ -1,0 +1,161 @@
+"""All decisions for one host, put together. Pure: the same settings and hardware give the same plan."""
+
+from __future__ import annotations
+
+from llmhost.catalogue import find_locks
+from llmhost.hardware import Hardware
+from llmhost.plan.engine import EnginePlan, plan_engine
+from llmhost.plan.model import BasePlan, HostPlan, Release, WebuiPlan
+from llmhost.plan.notes import Notes
+from llmhost.plan.release import plan_release
+from llmhost.plan.webui import plan_webui
+from llmhost.settings import Loaded, Settings
+
+MIB = 1 << 20
+
+SUPPORTED = {
+    ("ubuntu", "22.04"): "Ubuntu 22.04",
+    ("ubuntu", "24.04"): "Ubuntu 24.04",
+    ("ubuntu", "26.04"): "Ubuntu 26.04",
+    ("debian", "12"): "Debian 12",
+    ("debian", "13"): "Debian 13",
+}
+MACHINES = ("x86_64", "aarch64")
+# Beyond this TLS certificates and apt's signatures start to be refused as not yet valid.
+MOST_CLOCK_OFFSET_SECONDS = 300
+OWN_UNITS = ("vllm.service", "open-webui.service")
+
+# What every host gets from its distribution; locks/index.toml adds what their wheels need.
+PACKAGES = ("ca-certificates", "iproute2", "python3", "python3-venv")
+
+
+def plan(loaded: Loaded, hardware: Hardware, host: str) -> HostPlan:
+    """Every decision for `host` with its reason, or the problems for which it is refused."""
+    settings, notes = loaded.settings, Notes(loaded)
+    _check_system(hardware, notes)
+    _check_ports(settings, hardware, notes)
+    engine = plan_engine(settings, hardware, notes)
+    webui = _webui(settings, hardware, engine, notes)
+    base = _base(settings, engine, webui, notes)
+    if engine and webui:
+        _check_disks(hardware, engine, webui, notes)
+    return HostPlan(host, tuple(notes.decisions), tuple(notes.problems), base, None, engine, webui)
+
+
+def _check_system(hardware: Hardware, notes: Notes) -> None:
+    supported = (hardware.os_id, hardware.os_version) in SUPPORTED
+    if not supported:
+        notes.refuse(
+            "operating system", f"{hardware.os_name} is not supported", f"Use one of: {', '.join(SUPPORTED.values())}"
+        )
+    if hardware.machine not in MACHINES:
+        notes.refuse("machine", f"{hardware.machine} is not supported", f"Use one of: {', '.join(MACHINES)}")
+    if supported and hardware.init != "systemd":
+        notes.refuse(
+            "init",
+            f"process 1 is {hardware.init}, expected systemd: services could not be started",
+            "Use a machine or virtual machine that boots systemd; for a trial without one: scripts/demo",
+        )
+    if not hardware.elevates:
+        notes.refuse(
+            "ssh_user",
+            f"{hardware.user} cannot become root without a password",
+            "Connect as root, or allow it in sudoers: NOPASSWD: ALL",
+        )
+    if abs(hardware.clock_offset_seconds) > MOST_CLOCK_OFFSET_SECONDS:
+        notes.refuse(
+            "clock",
+            f"the host's clock is {hardware.clock_offset_seconds:+} s off this machine's; certificates and "
+            "package signatures will be refused",
+            "Set the clock (timedatectl set-ntp true) on whichever of the two is wrong",
+        )
+
+
+def _check_ports(settings: Settings, hardware: Hardware, notes: Notes) -> None:
+    if settings.engine_port == settings.webui_port:
+        notes.refuse("webui_port", f"engine_port is {settings.engine_port} too", "Give each its own port")
+    for name in ("engine_port", "webui_port"):
+        port = getattr(settings, name)
+        for holder in hardware.listeners:
+            if holder.port == port and holder.unit not in OWN_UNITS:
+                notes.refuse(
+                    name,
+                    f"port {port} is taken by {holder.process} (process {holder.pid}, unit {holder.unit}) "
+                    f"on {holder.address}",
+                    f"Stop it, or set {name} to a free port",
+                )
+                break
+
+
+def _webui(settings: Settings, hardware: Hardware, engine: EnginePlan | None, notes: Notes) -> WebuiPlan | None:
+    (lock,) = find_locks("open-webui").values()
+    release = plan_release(lock, hardware, "current-open-webui", notes)
+    if engine is None:
+        return None
+    webui, decisions = plan_webui(settings, engine, release)
+    notes.decisions.extend(decisions)
+    return webui
+
+
+def _base(settings: Settings, engine: EnginePlan | None, webui: WebuiPlan | None, notes: Notes) -> BasePlan:
+    releases = [part.release for part in (engine, webui) if part]
+    needed = {package for release in releases for package in _os_packages(release)}
+    packages = tuple(sorted({*PACKAGES, *needed}))
+    notes.decide("base", "packages", " ".join(packages), "Python, and the libraries that the locked wheels load")
+    for name in ("mirror_hub", "mirror_python_index", "mirror_torch_index"):
+        value = getattr(settings, name)
+        if value != Settings.model_fields[name].default:
+            notes.decide("base", name, value, notes.given(name))
+    return BasePlan(
+        packages=packages,
+        python_index=settings.mirror_python_index,
+        torch_index=settings.mirror_torch_index,
+        python_builds=settings.mirror_python_builds,
+        python_builds_index=settings.mirror_python_builds_index,
+        hub=settings.mirror_hub,
+    )
+
+
+def _os_packages(release: Release) -> tuple[str, ...]:
+    return find_locks(release.package)[release.version].os_packages
+
+
+def _check_disks(hardware: Hardware, engine: EnginePlan, webui: WebuiPlan, notes: Notes) -> None:
+    needs: dict[str, int] = {}
+    for path, size in _new_bytes(hardware, engine, webui):
+        mount = hardware.disk_for(path).mount
+        needs[mount] = needs.get(mount, 0) + size
+    for mount, needed in needs.items():
+        free = next(disk.available_bytes for disk in hardware.disks if disk.mount == mount)
+        if needed > free:
+            notes.refuse(
+                "disk",
+                f"{mount} needs {needed / MIB:,.0f} MiB free for what is not yet installed, and has {free / MIB:,.0f} MiB",
+                f"Free {(needed - free) / MIB:,.0f} MiB on {mount}, or mount a larger disk there",
+            )
+
+
+def _new_bytes(hardware: Hardware, engine: EnginePlan, webui: WebuiPlan) -> list[tuple[str, int]]:
+    """What this plan adds: (where, bytes). Wheels are downloaded beside the release and removed afterwards."""
+    new = [
+        (release.path, (release.disk_mib + release.download_mib) * MIB)
+        for release in (engine.release, webui.release)
+        if release.identity not in hardware.installed.releases
+    ]
+    if engine.model.directory not in hardware.installed.models and engine.model.weights_bytes:
+        new.append((engine.model.directory, engine.model.weights_bytes))
+    return [*new, ("/var/lib/llmhost", 512 * MIB)]  # databases, caches, logs
+
+
+def downloads(plan: HostPlan, hardware: Hardware) -> dict[str, str]:
+    """What must be reached from the host before anything is touched: {setting: URL}, only for what is still to fetch."""
+    if not (plan.base and plan.engine and plan.webui):
+        return {}
+    base, model = plan.base, plan.engine.model
+    missing = [p.release for p in (plan.engine, plan.webui) if p.release.identity not in hardware.installed.releases]
+    needed = {
+        "mirror_python_index": base.python_index if missing else "",
+        "mirror_torch_index": base.torch_index if any(release.torch_index for release in missing) else "",
+        "mirror_hub": base.hub if model.repository and model.directory not in hardware.installed.models else "",
+    }
+    return {setting: url for setting, url in needed.items() if url}

@@ -1,0 +1,56 @@
+"""Which locked requirement set becomes which directory on the host."""
+
+from __future__ import annotations
+
+import hashlib
+
+from llmhost.catalogue import LockEntry
+from llmhost.hardware import Hardware
+from llmhost.plan.model import Release
+from llmhost.plan.notes import Notes
+
+RELEASES = "/opt/llmhost/releases"
+
+
+def plan_release(lock: LockEntry, hardware: Hardware, current: str, notes: Notes) -> Release:
+    """One immutable installation; refuses machines without wheels."""
+    _check_machine(lock, hardware, notes)
+    source = "system" if lock.python in hardware.pythons else "managed"
+    notes.decide("python", f"{lock.package}_python", f"{lock.python} ({source})", _python_reason(lock, source))
+    identity = f"{lock.package}-{lock.version}-{_digest(lock.sha256, lock.python, source, lock.alias)}"
+    return Release(
+        package=lock.package,
+        version=lock.version,
+        lock=lock.path,
+        lock_sha256=lock.sha256,
+        python=lock.python,
+        python_source=source,
+        torch_index=lock.torch_index,
+        alias=lock.alias,
+        identity=identity,
+        path=f"{RELEASES}/{identity}",
+        current=f"/opt/llmhost/{current}",
+        download_mib=lock.download_mib,
+        disk_mib=lock.disk_mib,
+    )
+
+
+def _check_machine(lock: LockEntry, hardware: Hardware, notes: Notes) -> None:
+    if hardware.machine in lock.untested_machines:
+        notes.decide("host", "machine", hardware.machine, f"untested: {lock.path} has wheels for it, no run has been seen")
+    elif hardware.machine not in lock.machines:
+        known = ", ".join(lock.machines + lock.untested_machines)
+        notes.refuse(
+            "machine",
+            f"{lock.path} holds no Python wheels of {lock.package} {lock.version} for {hardware.machine}",
+            f"Use a host with one of: {known}",
+        )
+
+
+def _python_reason(lock: LockEntry, source: str) -> str:
+    wanted = f"{lock.path} is locked for Python {lock.python}"
+    return f"{wanted}, which the host has" if source == "system" else f"{wanted}, which uv fetches: the host lacks it"
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

@@ -1,0 +1,270 @@
+"""The one schema of everything an operator can set.
+
+Settings are flat names in pyinfra's data (inventory, group_data, --data), because pyinfra merges data per key.
+`load` takes the layers in pyinfra's order of precedence, remembers which layer each value came from, and either
+returns a complete, typed `Settings` or raises `SettingsError` with every problem found, not only the first.
+`docs/settings.md` is generated from this file (`llmhost settings --markdown`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+
+from llmhost.plan.model import Problem
+
+# Names in pyinfra's data that belong to pyinfra itself: connector data and global arguments.
+PYINFRA_PREFIXES = ("_", "ssh_", "docker_", "podman_", "chroot_", "vagrant_", "terraform_", "local_", "fake_")
+
+
+def _url(value: str) -> str:
+    if value and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc):
+        raise ValueError("expected a URL such as https://mirror.example/simple/, or nothing")
+    return value
+
+
+def _email(value: str) -> str:
+    # The form Open WebUI itself accepts (its validate_email_format); anything else fails only at first sign-in.
+    if value != "admin@localhost" and not re.fullmatch(r"[^@\s]+@[^@\s]+\.[^@\s]+", value):
+        raise ValueError("expected an e-mail address such as admin@example.com")
+    return value
+
+
+def _password(value: SecretStr | None) -> SecretStr | None:
+    if value is None:
+        return None
+    size = len(value.get_secret_value().encode())
+    if not 8 <= size <= 72:  # bcrypt reads 72 bytes and Open WebUI refuses more (field notes, Open WebUI, 5)
+        raise ValueError(f"expected 8 to 72 bytes, got {size}")
+    return _one_line(value)
+
+
+def _key(value: SecretStr | None) -> SecretStr | None:
+    if value is not None and len(value.get_secret_value()) < 22:
+        raise ValueError("expected at least 22 characters (128 bits)")
+    return _one_line(value)
+
+
+def _one_line(value: SecretStr | None) -> SecretStr | None:
+    if value is not None and not re.fullmatch(r"[A-Za-z0-9._~+/=:@%^,-]+", value.get_secret_value()):
+        raise ValueError("expected only letters, digits and ._~+/=:@%^,- (it is written to an environment file)")
+    return value
+
+
+def _revision(value: str) -> str:
+    if value and not re.fullmatch(r"[0-9a-f]{40}", value):
+        raise ValueError("expected the 40 hexadecimal digits of a commit (a branch or tag can move)")
+    return value
+
+
+def _text(value: Any) -> Any:
+    # `--data driver_branch=580` arrives as a number: pyinfra parses what it can.
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Url = Annotated[str, AfterValidator(_url)]
+Port = Annotated[int, Field(ge=1024, le=65535)]
+
+
+class Settings(BaseModel):
+    """All settings of one host, complete and checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    accelerator: Literal["auto", "cpu", "nvidia"] = Field(
+        "auto", description="What the engine computes on; `auto` takes an NVIDIA GPU where sysfs shows one, else the CPU."
+    )
+
+    model: str = Field(
+        "smollm2-135m-instruct",
+        min_length=1,
+        description="Catalogue name, hub repository (`owner/name`) or absolute path of a local model directory.",
+    )
+    model_revision: Annotated[str, AfterValidator(_revision)] = Field(
+        "", description="Commit of the model's repository, 40 hex digits; empty takes the catalogue's."
+    )
+    model_hub_token: Annotated[SecretStr | None, AfterValidator(_one_line)] = Field(
+        None, description="Access token for gated models on the hub."
+    )
+
+    tuning_profile: Literal["latency", "balanced", "throughput"] = Field(
+        "balanced", description="What the planner favours when it chooses how many requests run at once."
+    )
+
+    engine_version: str = Field("0.32.0", description="vLLM version; must have a lock in `locks/`.")
+    engine_runtime: Literal["venv"] = Field("venv", description="How the engine is installed.")
+    engine_port: Port = Field(8000, description="TCP port of the engine's API.")
+    engine_publish: bool = Field(False, description="Listen on all addresses instead of loopback.")
+    engine_context_tokens: Annotated[int, Field(ge=256)] | None = Field(
+        None, description="Longest prompt plus reply, in tokens; unset takes the most that the model and memory allow."
+    )
+    engine_concurrency: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="Requests to serve at once with a full context each; unset lets the planner choose."
+    )
+    engine_gpu_memory_utilization: Annotated[float, Field(ge=0.1, le=0.98)] | None = Field(
+        None, description="Share of GPU memory the engine may take, 0.1 to 0.98; unset lets the planner choose."
+    )
+    engine_max_num_seqs: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="vLLM's `--max-num-seqs`, set by hand; unset lets the planner choose."
+    )
+    engine_kv_cache_gib: Annotated[float, Field(gt=0, le=4096)] | None = Field(
+        None, description="Memory for the KV cache on a CPU host, in GiB; unset lets the planner choose."
+    )
+    engine_api_key: Annotated[SecretStr | None, AfterValidator(_key)] = Field(
+        None, description="Key of the engine's API; unset generates one on the host."
+    )
+
+    webui_runtime: Literal["venv"] = Field("venv", description="How Open WebUI is installed.")
+    webui_port: Port = Field(7860, description="TCP port of Open WebUI.")
+    webui_publish: bool = Field(False, description="Listen on all addresses instead of loopback.")
+    webui_admin_email: Annotated[str, AfterValidator(_email)] = Field(
+        "admin@localhost", description="Sign-in name of the first administrator, created at the first start."
+    )
+    webui_admin_name: str = Field("Administrator", min_length=1, description="Display name of the first administrator.")
+    webui_admin_password: Annotated[SecretStr | None, AfterValidator(_password)] = Field(
+        None, description="Password of the first administrator, 8 to 72 bytes; unset generates one on the host."
+    )
+
+    mirror_hub: Url = Field("https://huggingface.co", description="Model hub the host downloads from.")
+    mirror_python_index: Url = Field("", description="Python package index of the host; empty is uv's own default.")
+    mirror_torch_index: Url = Field(
+        "https://download.pytorch.org/whl/cpu", description="Index that holds PyTorch's CPU wheels."
+    )
+    mirror_python_builds: Url = Field(
+        "", description="Where uv finds its Python builds (UV_PYTHON_INSTALL_MIRROR); empty is uv's own default."
+    )
+    mirror_python_builds_index: Url = Field(
+        "", description="uv's list of Python builds (UV_PYTHON_DOWNLOADS_JSON_URL); empty is uv's built-in list."
+    )
+
+    driver_branch: Annotated[Literal["580", "595", "615"], BeforeValidator(_text)] = Field(
+        "580", description="NVIDIA driver branch."
+    )
+    reboot_allowed: Literal["auto", "never"] = Field(
+        "auto", description="Whether a host may be rebooted once when its driver needs it."
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Some settings and where they were written, for messages."""
+
+    source: str
+    data: Mapping[str, Any]
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used. `problems` has one entry per fault."""
+
+    def __init__(self, problems: tuple[Problem, ...]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(f"{p.setting} ({p.source}): {p.message}. {p.remedy}" for p in problems))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Settings and the source of each, "default" for those nobody set."""
+
+    settings: Settings
+    sources: Mapping[str, str]
+
+    def source(self, setting: str) -> str:
+        return self.sources.get(setting, "default")
+
+
+def load(layers: Iterable[Layer]) -> Loaded:
+    """Merge layers, strongest first, into checked settings.
+
+    Raises SettingsError naming each unknown, misspelt or invalid setting with its source and a remedy.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for layer in layers:
+        for name, value in layer.data.items():
+            if not name.startswith(PYINFRA_PREFIXES) and name not in values:
+                values[name], sources[name] = value, layer.source
+    try:
+        return Loaded(Settings.model_validate(values), sources)
+    except ValidationError as error:
+        raise SettingsError(tuple(_problem(e, sources) for e in error.errors())) from None
+
+
+def secret_names() -> tuple[str, ...]:
+    """Names of the settings whose values must never be shown."""
+    return tuple(name for name, f in Settings.model_fields.items() if "SecretStr" in str(f.annotation))
+
+
+def _problem(error: Any, sources: Mapping[str, str]) -> Problem:
+    name = str(error["loc"][0])
+    source = sources.get(name, "default")
+    if error["type"] == "extra_forbidden":
+        return Problem(name, source, "there is no such setting", _nearest(name))
+    shown = "" if name in secret_names() else f", got {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    meaning = Settings.model_fields[name].description
+    return Problem(name, source, f"{message[:1].lower()}{message[1:]}{shown}", f"Meaning: {meaning}")
+
+
+def _nearest(name: str) -> str:
+    close = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]}?" if close else "docs/settings.md lists all settings."
+
+
+def supplied_secrets(settings: Settings) -> dict[str, str]:
+    """The secrets an operator supplied, by their name in the host's environment files (runtime/secrets)."""
+    supplied = {
+        "VLLM_API_KEY": settings.engine_api_key,
+        "WEBUI_ADMIN_PASSWORD": settings.webui_admin_password,
+        "HF_TOKEN": settings.model_hub_token,
+    }
+    return {name: value.get_secret_value() for name, value in supplied.items() if value is not None}
+
+
+def markdown() -> str:
+    """The content of docs/settings.md."""
+    schema = Settings.model_json_schema()["properties"]
+    rows = [f"| `{name}` | {_type(schema[name])} | {_default(name)} | {f.description} |" for name, f in _fields()]
+    return "\n".join([*_MARKDOWN_HEAD, *rows, ""])
+
+
+_MARKDOWN_HEAD = (
+    "<!-- generated from llmhost/settings.py by: llmhost settings --markdown > docs/settings.md -->",
+    "# Settings",
+    "",
+    "Set them in `group_data/all.py`, `group_data/<group>.py`, a host's data in the inventory, or `--data name=value`;",
+    "the last of these wins. Secrets belong in an inventory that is not committed, or in the environment it reads.",
+    "",
+    "| setting | type and range | default | meaning |",
+    "|---|---|---|---|",
+)
+
+
+def _fields() -> list[tuple[str, Any]]:
+    return list(Settings.model_fields.items())
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    for choice in schema.get("anyOf", [schema]):
+        if choice.get("type") == "null":
+            continue
+        if "enum" in choice:
+            return " or ".join(f"`{value}`" for value in choice["enum"])
+        if "const" in choice:
+            return f"`{choice['const']}`"
+        low = choice.get("minimum", choice.get("exclusiveMinimum"))
+        high = choice.get("maximum")
+        span = "" if low is None else f", {low} to {high}" if high is not None else f", at least {low}"
+        secret = " (secret)" if choice.get("format") == "password" else ""
+        return f"{choice['type']}{span}{secret}"
+    return ""
+
+
+def _default(name: str) -> str:
+    default = Settings.model_fields[name].default
+    return "unset" if default is None else "empty" if default == "" else f"`{default}`"

@@ -1,0 +1,1 @@
+"""One file per concern; each task applies its part of the plan."""

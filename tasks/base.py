@@ -1,0 +1,62 @@
+"""What every later step stands on: packages, the user, directories, llmhost's own programs, secrets."""
+
+from __future__ import annotations
+
+from pyinfra import host
+from pyinfra.operations import apt, server
+
+from infra.hostfiles import HostDirectory, HostFile, tree
+from infra.secretfiles import present
+from infra.task import task
+from llmhost.catalogue import ROOT
+from llmhost.plan.model import HostPlan
+
+PROGRAMS = ("fetch-model", "inputs", "probe", "secrets", "wait-ready")
+
+
+@task("Base system")
+def base_system(plan: HostPlan) -> None:
+    """Packages, user, directories, programs and secrets."""
+    assert plan.base
+    apt.packages(
+        name="distribution packages",
+        packages=list(plan.base.packages),
+        update=True,
+        cache_time=86400,
+        no_recommends=True,
+        # A fresh host may still run its first unattended upgrade: wait for its lock instead of failing.
+        extra_install_args="-o DPkg::Lock::Timeout=300",
+    )
+    server.group(name="group llmhost", group="llmhost", system=True)
+    server.user(
+        name="user llmhost",
+        user="llmhost",
+        group="llmhost",
+        system=True,
+        shell="/usr/sbin/nologin",
+        home="/var/lib/llmhost",
+        create_home=False,
+        ensure_home=False,
+    )
+    tree(name="directories and programs", entries=[*_directories(), *_programs()])
+    present(name="secrets", supplied=host.data.get("llmhost_secrets", {}))
+
+
+def _directories() -> list[HostDirectory]:
+    return [
+        HostDirectory("/etc/llmhost"),
+        HostDirectory("/opt/llmhost"),
+        HostDirectory("/opt/llmhost/locks"),
+        HostDirectory("/opt/llmhost/releases"),
+        HostDirectory("/usr/local/lib/llmhost"),
+        HostDirectory("/var/lib/llmhost", owner="llmhost", group="llmhost"),
+        HostDirectory("/var/lib/llmhost/cache", "0750", "llmhost", "llmhost"),
+        HostDirectory("/var/lib/llmhost/models"),
+        HostDirectory("/var/lib/llmhost/webui", "0700", "llmhost", "llmhost"),
+    ]
+
+
+def _programs() -> list[HostFile]:
+    return [
+        HostFile(f"/usr/local/lib/llmhost/{name}", (ROOT / "runtime" / name).read_text(), "0755") for name in PROGRAMS
+    ]

@@ -1,0 +1,44 @@
+"""Recorded hosts, and ways to vary them: each value is what runtime/facts.sh prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from llmhost.hardware import Hardware, parse
+
+BARE = Path(__file__).parent / "debian-12-bare.json"
+
+OS_RELEASES = {
+    "Debian 12": 'ID=debian\nVERSION_ID="12"\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"',
+    "Debian 13": 'ID=debian\nVERSION_ID="13"\nPRETTY_NAME="Debian GNU/Linux 13 (trixie)"',
+    "Ubuntu 22.04": 'ID=ubuntu\nVERSION_ID="22.04"\nPRETTY_NAME="Ubuntu 22.04.5 LTS"',
+    "Ubuntu 24.04": 'ID=ubuntu\nVERSION_ID="24.04"\nPRETTY_NAME="Ubuntu 24.04.3 LTS"',
+    "Ubuntu 26.04": 'ID=ubuntu\nVERSION_ID="26.04"\nPRETTY_NAME="Ubuntu 26.04 LTS"',
+    "Debian 11": 'ID=debian\nVERSION_ID="11"\nPRETTY_NAME="Debian GNU/Linux 11 (bullseye)"',
+    "Fedora": 'ID=fedora\nVERSION_ID="43"\nPRETTY_NAME="Fedora Linux 43"',
+}
+GIB_KB = 1 << 20
+
+
+def facts(**changes: str) -> str:
+    """The bare Debian 12 host's facts, with some values replaced."""
+    recorded = json.loads(BARE.read_text())
+    assert not changes.keys() - recorded.keys()
+    return json.dumps({**recorded, **changes})
+
+
+def bare(**changes: str) -> Hardware:
+    """The bare Debian 12 host, with some values replaced."""
+    return parse(facts(**changes))
+
+
+def memory(gib: float) -> str:
+    """/proc/meminfo of a machine with this much memory."""
+    return f"MemTotal: {int(gib * GIB_KB)} kB\nMemAvailable: {int(gib * GIB_KB * 0.9)} kB"
+
+
+def disks(free_gib: float) -> str:
+    """`df` of a machine with one file system."""
+    row = f"/dev/vda 500000000000 1 {int(free_gib * (1 << 30))} 50% /"
+    return "\n".join(["Filesystem 1-blocks Used Available Capacity Mounted on", row, row, row])

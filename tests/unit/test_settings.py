@@ -1,0 +1,98 @@
+"""What an operator sees of settings: accepted, or refused with name, source and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmhost.catalogue import ROOT
+from llmhost.settings import PYINFRA_PREFIXES, Layer, Settings, SettingsError, load, markdown, secret_names, supplied_secrets
+
+
+def refused(**data: Any) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load([Layer("group_data/all.py", data)])
+    return str(caught.value)
+
+
+def test_nothing_set_is_complete() -> None:
+    loaded = load([])
+    assert (loaded.settings.engine_port, loaded.settings.webui_port) == (8000, 7860)
+    assert loaded.source("engine_port") == "default"
+
+
+def test_the_strongest_layer_wins_and_is_named() -> None:
+    loaded = load([Layer("--data", {"engine_port": 8001}), Layer("group_data/all.py", {"engine_port": 8002})])
+    assert (loaded.settings.engine_port, loaded.source("engine_port")) == (8001, "--data")
+
+
+def test_names_of_pyinfra_are_not_settings() -> None:
+    load([Layer("home.py", {"ssh_user": "root", "_sudo": True, "ssh_paramiko_connect_kwargs": {}})])
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"enigne_port": 8000}, ["enigne_port", "group_data/all.py", "no such setting", "Did you mean engine_port?"]),
+        ({"zzz": 1}, ["zzz", "docs/settings.md"]),
+        ({"engine_port": "8000"}, ["engine_port", "valid integer", "'8000'", "TCP port"]),
+        ({"engine_port": 80}, ["engine_port", "1024", "80"]),
+        ({"engine_publish": "yes"}, ["engine_publish", "valid boolean", "'yes'"]),
+        ({"engine_context_tokens": "8k"}, ["engine_context_tokens", "valid integer", "'8k'", "in tokens"]),
+        ({"engine_gpu_memory_utilization": 90}, ["engine_gpu_memory_utilization", "0.98", "90"]),
+        ({"accelerator": "gpu"}, ["accelerator", "'auto', 'cpu' or 'nvidia'", "'gpu'"]),
+        ({"model_revision": "main"}, ["model_revision", "40 hexadecimal digits", "'main'"]),
+        ({"mirror_hub": "hf-mirror"}, ["mirror_hub", "expected a URL", "'hf-mirror'"]),
+        ({"webui_admin_email": "me"}, ["webui_admin_email", "e-mail address", "'me'"]),
+        ({"driver_branch": "515"}, ["driver_branch", "'580', '595' or '615'"]),
+    ],
+)
+def test_bad_input_is_explained(data: dict[str, Any], words: list[str]) -> None:
+    message = refused(**data)
+    assert [word for word in words if word not in message] == []
+
+
+def test_every_fault_is_reported_at_once() -> None:
+    message = refused(enigne_port=1, engine_port="x", model_revision="main")
+    assert all(name in message for name in ("enigne_port", "engine_port", "model_revision"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("engine_api_key", "short-but-secret"), ("webui_admin_password", "x" * 73 + "secret")]
+)
+def test_a_refused_secret_is_not_shown(name: str, value: str) -> None:
+    message = refused(**{name: value})
+    assert name in message
+    assert value not in message
+
+
+def test_a_number_given_for_the_driver_branch_is_taken() -> None:
+    # pyinfra turns `--data driver_branch=595` into a number.
+    assert load([Layer("--data", {"driver_branch": 595})]).settings.driver_branch == "595"
+
+
+def test_supplied_secrets_go_by_their_name_on_the_host() -> None:
+    loaded = load([Layer("home.py", {"engine_api_key": "k" * 32})])
+    assert supplied_secrets(loaded.settings) == {"VLLM_API_KEY": "k" * 32}
+    assert "k" * 32 not in repr(loaded)
+
+
+def test_secret_names_are_known() -> None:
+    assert secret_names() == ("model_hub_token", "engine_api_key", "webui_admin_password")
+
+
+@given(st.dictionaries(st.text(min_size=1).filter(lambda n: not n.startswith("_")), st.integers(), min_size=1))
+def test_unknown_names_never_pass(data: dict[str, int]) -> None:
+    unknown = {n: v for n, v in data.items() if n not in Settings.model_fields and not n.startswith(PYINFRA_PREFIXES)}
+    if unknown:
+        message = refused(**unknown)
+        assert all(name in message for name in unknown)
+
+
+def test_the_documentation_is_generated_from_the_schema() -> None:
+    assert Path(ROOT, "docs/settings.md").read_text() == markdown(), "run: llmhost settings --markdown > docs/settings.md"
+    assert all(f"`{name}`" in markdown() for name in Settings.model_fields)
