@@ -2,9 +2,9 @@
 
 from pyinfra import config
 
-from infra.guard import refuse_empty_inventory
+from infra.guard import watch_run
 
 config.REQUIRE_PYINFRA_VERSION = "==3.10.0"
 # Uploads and pyinfra's own temporary files; ours travel on standard input (infra/hostfiles.py).
 config.TEMP_DIR = "/tmp"
-refuse_empty_inventory()
+watch_run()

@@ -3,7 +3,10 @@
 A group named as an inventory group or file (home, edge, lab) may have its own file beside this one, which wins.
 """
 
+from infra.guard import watch_run
 from infra.transport import nodelay_transport
+
+watch_run()  # a run that reached no host fails, and each host gets a line at the end
 
 # --- how hosts are reached
 ssh_paramiko_connect_kwargs = {"transport_factory": nodelay_transport}

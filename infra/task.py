@@ -38,6 +38,7 @@ def refuse(problems: Iterable[Problem]) -> None:
     for problem in problems:
         logger.error(f"{host.print_prefix}Refused: {problem.setting} ({problem.source}): {problem.message}")
         logger.error(f"{host.print_prefix}    {problem.remedy}")
+    host.data.llmhost_refused = "refused, nothing on it was touched"
     refused = state.inventory.get_host(host.name)
     state.failed_hosts.add(refused)
     state.active_hosts.discard(refused)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -137,9 +136,6 @@ def signal_init(leaf: str, number: int) -> bool:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
     return True
-
-
-POWER_OFF = signal.SIGRTMIN + 4  # what systemd as PID 1 takes for "power off" (systemd(1), signals)
 
 
 def _hierarchies() -> list[Path]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -93,7 +94,7 @@ def boot_id(lab: Lab, host: Host) -> str:
 
 def stop(host: Host, timeout_seconds: float = 30) -> None:
     """Shuts the host down in an orderly way; `start` brings it back with its disk."""
-    cgroups.signal_init(host.leaf, cgroups.POWER_OFF)
+    cgroups.signal_init(host.leaf, signal.SIGRTMIN + 4)  # systemd as PID 1 takes it for "power off" (systemd(1))
     if not cgroups.await_empty(host.leaf, timeout_seconds):
         raise LabError(f"{host.name} did not shut down within {timeout_seconds:.0f} s. See {console_log(host)}")
     release(host.name)

@@ -65,6 +65,8 @@ def up(wanted: list[Request], prefix: str, options: Options, say: Say = print) -
     preflight.require(systems, options.archive)
     with state.lock(prefix):
         built = {system: images.ensure(system, options.archive, say=say) for system in systems}
+        if options.mirror:
+            upstream.prepare(systems)
         lab = _load_or_sweep(prefix)
         with _undone_unless_finished(lab):
             ssh.make_lab_key(lab)

@@ -10,33 +10,43 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lab import LabError, cgroups, state
+from lab import LabError, cgroups, images, state
 from lab.images import Say
 from lab.state import Lab
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+MIRROR = [sys.executable, "-m", "lab.mirror"]
+RELEASE_PYTHON = "3.11"  # of the engine and of Open WebUI; hosts with another python3 fetch it through uv
+
+
+def prepare(systems: list[str]) -> None:
+    """Fills the mirror's cache with what hosts of these operating systems fetch; no work where it is full."""
+    argv = [*MIRROR, "prepare", "--cache", _cache()]
+    if any(images.operating_system(name).python != RELEASE_PYTHON for name in systems):
+        argv.append("--python-builds")
+    # Its progress goes where ours goes: standard output is for --json.
+    if subprocess.run(argv, cwd=REPOSITORY, stdout=sys.__stderr__, check=False).returncode != 0:
+        raise LabError("the mirror's cache could not be filled (see above). Hosts without a mirror: --no-mirror.")
 
 
 def ensure(lab: Lab, say: Say, timeout_seconds: float = 60) -> None:
-    """Fills the mirror's cache, starts the mirror and records what hosts must be told to use it."""
+    """Starts the mirror where it does not run, and records what hosts must be told to use it."""
     leaf = state.mirror_leaf(lab.prefix)
     if lab.settings and cgroups.populated(leaf):
         return
-    cache = str(state.cache_directory() / "mirror")
-    prepared = subprocess.run(
-        [sys.executable, "-m", "lab.mirror", "prepare", "--cache", cache], cwd=REPOSITORY, check=False
-    )
-    if prepared.returncode != 0:
-        raise LabError("the mirror's cache could not be filled (see above); hosts without a mirror: --no-mirror.")
     cgroups.kill(leaf)
     log = lab.directory / "mirror.log"
     log.unlink(missing_ok=True)
-    serve = [sys.executable, "-m", "lab.mirror", "serve", "--bind", lab.address, "--cache", cache]
+    serve = [*MIRROR, "serve", "--bind", lab.address, "--cache", _cache()]
     cgroups.spawn(leaf, serve, output=log, environment={"PYTHONPATH": str(REPOSITORY)})
     announced = _await_announcement(leaf, log, timeout_seconds)
     lab.apt_proxy, lab.settings = announced["apt_proxy"], announced["settings"]
     state.save(lab)
     say(f"mirror: serves on {lab.address}, log in {log}")
+
+
+def _cache() -> str:
+    return str(state.cache_directory() / "mirror")
 
 
 def _await_announcement(leaf: str, log: Path, timeout_seconds: float) -> dict[str, Any]:
@@ -48,6 +58,6 @@ def _await_announcement(leaf: str, log: Path, timeout_seconds: float) -> dict[st
                 announced = json.loads(line)
                 if isinstance(announced, dict) and "apt_proxy" in announced:
                     return announced
-        time.sleep(0.05)
+        time.sleep(0.05)  # a file tells nobody that it has grown
     tail = "\n".join(log.read_text().splitlines()[-12:])
     raise LabError(f"the mirror did not get ready within {timeout_seconds:.0f} s. The end of {log}:\n{tail}")

@@ -93,7 +93,7 @@ def summary(document: Certificate) -> str:
     lines = [f"{document['host']}: {document['result']} ({'; '.join([counts, *measured])})"]
     for cause, ids in causes(document["checks"]):
         state, expected, seen, remedy = cause
-        lines += [f"  {state} {', '.join(ids)}", f"    expected  {expected}", f"    seen      {seen}"]
+        lines += [f"  {state} {listed(ids)}", f"    expected  {expected}", f"    seen      {seen}"]
         lines += [f"    remedy    {remedy}"] if remedy else []
     return "\n".join(lines)
 
@@ -110,6 +110,13 @@ def causes(checks: Sequence[Certificate]) -> list[tuple[tuple[str, str, str, str
             continue
         grouped.setdefault((check["state"], expected, text(check["seen"]), check["remedy"]), []).append(check["id"])
     return list(grouped.items())
+
+
+def listed(ids: Sequence[str]) -> str:
+    """Up to four names in full; of more, how many and of which groups."""
+    if len(ids) <= 4:
+        return ", ".join(ids)
+    return f"{len(ids)} checks of {', '.join(dict.fromkeys(one.partition('.')[0] for one in ids))}"
 
 
 def text(value: Any) -> str:

@@ -47,6 +47,7 @@ class Situation:
 
     @property
     def engine_url(self) -> str:
+        """The engine's OpenAI API as the program sees it."""
         return f"http://{self.runtime.engine_host}:{self.engine.port}/v1"
 
     @property
@@ -58,14 +59,17 @@ class Situation:
 
     @property
     def calls_tools(self) -> bool:
+        """Whether the engine parses the model's tool calls."""
         return bool(self.engine.flags.get("enable-auto-tool-choice"))
 
     @property
     def on_gpu(self) -> bool:
+        """Whether a further completion costs little."""
         return self.engine.accelerator != "cpu"
 
     @property
     def model_is_small(self) -> bool:
+        """Whether the model is known to be too small to be sampled."""
         weights = self.engine.model.weights_bytes
         return weights is not None and weights < SMALL_MODEL_BYTES
 
@@ -80,6 +84,7 @@ class Variable:
     decision: bool = False  # worth a line in the plan; all are explained in the rendered file
 
     def resolve(self, situation: Situation) -> str:
+        """The value in this situation."""
         return self.value if isinstance(self.value, str) else self.value(situation)
 
 

@@ -119,7 +119,7 @@ def look(target: Target) -> Sight:
 class NoSight(Exception):
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(reason)
-        self.reason, self.remedy = f"could not run: {reason}", remedy
+        self.reason, self.remedy = f"could not run: {' '.join(reason.split())}", remedy
 
 
 def run_probe(connection: Connection) -> Evidence:
@@ -181,6 +181,7 @@ def by_hand(connection: Connection) -> str:
         return " ".join(command)
     words = ["ssh", *(["-p", str(connection.port)] if connection.port else [])]
     words += ["-i", connection.key] if connection.key else []
+    words += ["-o", f"UserKnownHostsFile={connection.known_hosts_file}"] if connection.known_hosts_file else []
     words += [f"{connection.user}@{connection.hostname}" if connection.user else connection.hostname]
     return " ".join(words + command)
 

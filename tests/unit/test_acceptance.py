@@ -85,6 +85,8 @@ def session(tmp_path: Path, targets: list[Target], *arguments: str) -> subproces
 def pytest_process(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "tests/acceptance", "-p", "no:cacheprovider", "-o", "addopts=", *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    if "-v" not in options:  # once with every plugin of this machine, as an operator has it; else without, to be quick
+        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     return subprocess.run(command, check=False, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
 
 

@@ -108,6 +108,8 @@ WRONG: list[tuple[str, Change]] = [
     ("webui.streamed", put("webui/chat/pieces", 0)),
 ]
 
+NOTHING: tuple[Any, ...] = ({}, None, [], "", {"could_not_look": "no permission"}, {"error": "connection refused"})
+
 
 def state(check: Check, evidence: Evidence, plan: Plan = PLAN) -> str:
     return evaluate(check, plan, evidence).state
@@ -139,7 +141,7 @@ def test_nothing_passes_without_evidence(check: Check) -> None:
     names = check.look.split("/")
     for depth in range(1, len(names) + 1):
         path = "/".join(names[:depth])
-        for nothing in ({}, None, [], "", {"could_not_look": "no permission"}, {"error": "connection refused"}):
+        for nothing in NOTHING:
             if nothing == [] and check.expected == []:
                 continue  # an empty list is what a healthy host has there
             evidence = stand_ins.healthy_evidence()

