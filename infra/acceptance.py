@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import UTC, datetime
 
 from pyinfra import host, logger, state
@@ -21,7 +21,7 @@ REPORTS = ROOT / "reports"
 
 
 @operation()
-def proven(plan: HostPlan) -> Iterator[FunctionCommand]:
+def proven(plan: HostPlan) -> Generator[FunctionCommand]:
     """The host passes acceptance against this plan; checking changes nothing, so it reports no change.
 
     A process of its own per host: pytest keeps global state, and hosts are checked side by side.

@@ -32,7 +32,7 @@ def hardware(facts: str | None) -> Hardware:
 
 
 class JsonFact(FactBase[Any]):
-    """The JSON that a Python program prints on the host; None where there is no Python yet (a bare host, planned dry)."""
+    """The JSON that a Python program prints on the host; None where there is no Python yet (a bare host, `--dry`)."""
 
     abstract = True
     program: ClassVar[str]
@@ -51,7 +51,7 @@ class JsonFact(FactBase[Any]):
 
 
 class Unreachable(JsonFact):
-    """{url: why} for those of the given URLs from which the host gets no HTTP answer at all; any status is an answer."""
+    """{url: why} for those of the given URLs from which the host gets no HTTP answer; any status is an answer."""
 
     program = r"""
 import concurrent.futures, json, sys, urllib.error, urllib.request

@@ -62,7 +62,7 @@ def look(chosen: list[Host]) -> Iterator[Seen]:
     state = chosen[0].state
     state.limit_hosts = chosen
     errors: dict[str, str] = {}
-    with _listening(errors):
+    with _Listening(errors):
         try:
             connect_all(state)
         except PyinfraError:
@@ -112,12 +112,14 @@ def _plan(inventory: str, host: Host, facts: str) -> HostPlan:
     except SettingsError as error:
         return HostPlan(host.name, (), error.problems)
     except FactsError as error:
-        return HostPlan(host.name, (), (Problem("host", inventory, str(error), "Record them with: llmhost facts HOST"),))
+        return HostPlan(
+            host.name, (), (Problem("host", inventory, str(error), "Record them with: llmhost facts HOST"),)
+        )
     host.data._sudo = found.user != "root"
     return plan(loaded, found, host.name)
 
 
-class _listening:
+class _Listening:
     """Collect what pyinfra says of each host, instead of printing it."""
 
     def __init__(self, errors: dict[str, str]) -> None:

@@ -38,7 +38,10 @@ def _end(context: click.Context) -> None:
         return
     if not state.activated_hosts and not state.failed_hosts:
         limit = "".join(f" --limit {pattern}" for pattern in context.params.get("limit") or ())
-        click.echo(f"--> No host matched {_inventory}{limit}: nothing was done. Is the file there, and the host in it?", err=True)
+        click.echo(
+            f"--> No host matched {_inventory}{limit}: nothing was done. Is the file there, and the host in it?",
+            err=True,
+        )
         raise SystemExit(2)
     if not state.is_executing and not state.failed_hosts:
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 
 from pyinfra import host, logger, state
@@ -42,6 +42,7 @@ class HostDirectory:
 
 Entry = HostFile | HostDirectory
 
+
 class TreeState(JsonFact):
     """{path: {kind, mode, owner, group, sha256, text}} for those of the given paths that exist."""
 
@@ -63,6 +64,7 @@ for path, with_text in wanted.items():
         if with_text: seen["text"] = data.decode(errors="replace")
 print(json.dumps(found))
 """
+
 
 # Runs on the host with the entries that differ as JSON on standard input. Each file appears at once and complete.
 _WRITE = r"""
@@ -94,7 +96,7 @@ for entry in json.load(sys.stdin):
 
 
 @operation()
-def tree(entries: Sequence[Entry]) -> Iterator[StringCommand]:
+def tree(entries: Sequence[Entry]) -> Generator[StringCommand]:
     """Make these files and directories exactly so.
 
     + entries: what the host shall have, directories before what lies in them

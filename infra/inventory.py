@@ -36,7 +36,7 @@ def _files(group: str, values: Mapping[str, Any], inventory: str) -> Iterator[La
     """Split a group's data by where it was written: its file in group_data, or the inventory."""
     path = next((d / f"{group}.py" for d in _group_data(inventory) if (d / f"{group}.py").is_file()), None)
     text = path.read_text() if path else ""
-    in_file = {name: value for name, value in values.items() if re.search(rf"^{re.escape(name)}\b", text, re.M)}
+    in_file = {name: value for name, value in values.items() if re.search(rf"^{re.escape(name)}\b", text, re.MULTILINE)}
     yield Layer(f"group_data/{group}.py", in_file)
     yield Layer(f"{inventory}, group {group}", {name: v for name, v in values.items() if name not in in_file})
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from pyinfra import host, logger
 from pyinfra.api import QuoteString, StringCommand, operation
 
 from infra.facts import JsonFact
 from llmhost.plan.model import Model
+
 
 class ModelComplete(JsonFact):
     """Whether a model directory was verified and its files still have their sizes."""
@@ -23,7 +24,7 @@ except (OSError, ValueError, KeyError): print("false")
 
 
 @operation()
-def fetched(model: Model, hub: str, python: str) -> Iterator[StringCommand]:
+def fetched(model: Model, hub: str, python: str) -> Generator[StringCommand]:
     """The model's revision in its directory, verified against the hub's records.
 
     + hub: URL of the model hub
@@ -32,7 +33,9 @@ def fetched(model: Model, hub: str, python: str) -> Iterator[StringCommand]:
     if host.get_fact(ModelComplete, argument=model.directory):
         host.noop(f"{model.repository} at {model.revision[:12]} is complete")
         return
-    size = f"{model.weights_bytes / (1 << 20):,.0f} MiB of weights" if model.weights_bytes else "weights of unknown size"
+    size = (
+        f"{model.weights_bytes / (1 << 20):,.0f} MiB of weights" if model.weights_bytes else "weights of unknown size"
+    )
     logger.info(f"{host.print_prefix}fetch {size} from {hub}")
     program = "/usr/local/lib/llmhost/fetch-model"
     token = "set -a; . /etc/llmhost/secrets/hub.env; set +a; umask 022;"

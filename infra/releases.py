@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +17,7 @@ from llmhost.plan.model import BasePlan, Release
 UV = "/opt/llmhost/uv"
 LOCKS = "/opt/llmhost/locks"
 
+
 class UvVersion(JsonFact):
     """The version of uv in a directory, "" where there is none."""
 
@@ -26,6 +27,7 @@ try: seen = subprocess.run([sys.argv[1] + "/bin/uv", "--version"], capture_outpu
 except OSError: seen = []
 print(json.dumps(seen[1] if len(seen) > 1 else ""))
 """
+
 
 class ReleaseRecord(JsonFact):
     """release.json of a release directory, {} where the release is not complete."""
@@ -39,7 +41,7 @@ print(json.dumps(found))
 
 
 @operation()
-def uv(version: str, lock: str, base: BasePlan) -> Iterator[StringCommand]:
+def uv(version: str, lock: str, base: BasePlan) -> Generator[StringCommand]:
     """uv at this version, installed by the system's pip from a hashed lock.
 
     + lock: path of the requirement file on the host
@@ -47,7 +49,16 @@ def uv(version: str, lock: str, base: BasePlan) -> Iterator[StringCommand]:
     if host.get_fact(UvVersion, argument=UV) == version:
         host.noop(f"uv {version} is installed")
         return
-    pip = [f"{UV}/bin/pip", "install", "--quiet", "--require-hashes", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    pip = [
+        f"{UV}/bin/pip",
+        "install",
+        "--quiet",
+        "--require-hashes",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-cache-dir",
+    ]
     pip += ["--disable-pip-version-check", *_pip_index(base), "--requirement", lock]
     index = base.python_index or "the default index"
     remedy = f"uv {version} could not be installed from {index} (mirror_python_index)"
@@ -64,7 +75,7 @@ def _pip_index(base: BasePlan) -> list[str]:
 
 
 @operation()
-def release(release: Release, base: BasePlan) -> Iterator[StringCommand]:
+def release(release: Release, base: BasePlan) -> Generator[StringCommand]:
     """This release, complete: release.json is written last, so that a killed installation is done again.
 
     uv's cache lies beside the releases, on one file system: wheels are linked, not copied, and what a killed run
@@ -75,7 +86,12 @@ def release(release: Release, base: BasePlan) -> Iterator[StringCommand]:
         host.noop(f"{release.identity} is installed")
         return
     logger.info(f"{host.print_prefix}fetch {release.download_mib} MiB of wheels, {release.disk_mib} MiB installed")
-    record = {"identity": release.identity, "package": release.package, "version": release.version, "lock": release.lock}
+    record = {
+        "identity": release.identity,
+        "package": release.package,
+        "version": release.version,
+        "lock": release.lock,
+    }
     script = "\n".join(
         [
             "set -eu",
@@ -109,7 +125,16 @@ def _python(release: Release) -> list[str]:
 
 
 def _sync(release: Release, base: BasePlan) -> list[str]:
-    command = [f"{UV}/bin/uv", "pip", "sync", "--quiet", "--require-hashes", "--only-binary", ":all:"]
+    command = [
+        f"{UV}/bin/uv",
+        "pip",
+        "sync",
+        "--quiet",
+        "--compile-bytecode",
+        "--require-hashes",
+        "--only-binary",
+        ":all:",
+    ]
     if base.python_index:
         command += ["--default-index", base.python_index]
     if release.torch_index:

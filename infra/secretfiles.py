@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 from pyinfra import host, logger
 from pyinfra.api import FactBase, StringCommand, operation
@@ -22,7 +22,7 @@ class SecretChanges(FactBase[list[str]]):
 
 
 @operation()
-def present(supplied: Mapping[str, str]) -> Iterator[StringCommand]:
+def present(supplied: Mapping[str, str]) -> Generator[StringCommand]:
     """Every secret in its root-only file. Values travel on standard input only and are never shown.
 
     + supplied: names and values that win over what the host has

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from pyinfra import host, logger
@@ -17,6 +17,7 @@ from pyinfra.api import QuoteString, StringCommand, operation
 from infra.facts import JsonFact
 from llmhost.plan.model import Service
 
+
 class UnitStates(JsonFact):
     """{unit: {active, sub, enabled, reload, stale}} for {unit: [input files]}."""
 
@@ -24,15 +25,16 @@ class UnitStates(JsonFact):
 import json, subprocess, sys
 units, seen = json.loads(sys.argv[1]), {}
 for unit, inputs in units.items():
-    wanted = "ActiveState", "SubState", "UnitFileState", "NeedDaemonReload"
-    shown = subprocess.run(["systemctl", "show", unit, "--property=" + ",".join(wanted)], capture_output=True, text=True).stdout
+    show = ["systemctl", "show", unit, "--property=ActiveState,SubState,UnitFileState,NeedDaemonReload"]
+    shown = subprocess.run(show, capture_output=True, text=True).stdout
     state = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
     try: stale = inputs and subprocess.run(["/usr/local/lib/llmhost/inputs", "stale", unit, *inputs]).returncode == 0
     except OSError: stale = True
-    seen[unit] = {"active": state.get("ActiveState"), "sub": state.get("SubState"), "enabled": state.get("UnitFileState"),
-        "reload": state.get("NeedDaemonReload") == "yes", "stale": bool(stale)}
+    seen[unit] = {"active": state.get("ActiveState"), "sub": state.get("SubState"), "stale": bool(stale),
+        "enabled": state.get("UnitFileState"), "reload": state.get("NeedDaemonReload") == "yes"}
 print(json.dumps(seen))
 """
+
 
 # What failed, in the service's own words: wait-ready's finding, else the last lines of the journal.
 _START = r"""
@@ -48,13 +50,13 @@ exit 1
 
 
 @operation()
-def running(services: Sequence[Service], enabled: Sequence[str] = ()) -> Iterator[StringCommand]:
+def running(services: Sequence[Service], enabled: Sequence[str] = ()) -> Generator[StringCommand]:
     """Make these services run from their present inputs, and be enabled.
 
     + services: each restarted only if it does not run, or runs from other inputs
     + enabled: further units to enable, such as a target
     """
-    units = {service.unit: service.inputs for service in services} | {unit: () for unit in enabled}
+    units = {service.unit: service.inputs for service in services} | dict.fromkeys(enabled, ())
     seen = host.get_fact(UnitStates, argument=json.dumps(units)) or {}
     if any(_of(seen, unit).get("reload") for unit in units):
         _announce("read unit files again")
@@ -68,7 +70,9 @@ def running(services: Sequence[Service], enabled: Sequence[str] = ()) -> Iterato
         for unit in to_start:
             _announce(f"start {unit}: {_why(_of(seen, unit))}")
         names = " ".join(map(shlex.quote, to_start))
-        yield StringCommand("systemctl", "reset-failed", names, "2>/dev/null;", "sh", "-c", QuoteString(_START.format(units=names)))
+        yield StringCommand(
+            "systemctl", "reset-failed", names, "2>/dev/null;", "sh", "-c", QuoteString(_START.format(units=names))
+        )
     if not (to_enable or to_start):
         host.noop(f"{', '.join(units)}: as planned")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import ParamSpec
+from typing import ParamSpec, cast
 
 from pyinfra import host, logger, state
 from pyinfra.api.deploy import deploy
@@ -18,7 +18,7 @@ def task(name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Mark a function as a task: its operations are grouped under `name`; a refused host gets none of them."""
 
     def decorate(function: Callable[P, None]) -> Callable[P, None]:
-        apply = deploy(name)(function)
+        apply = cast(Callable[P, None], deploy(name)(function))
 
         @wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:

@@ -23,7 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # Published on the lab's own bridge only, so that a browser on this machine reaches the page.
 PUBLISHED = ("--data", "webui_publish=true", "--data", "engine_publish=true")
 QUIET_SECONDS = 10
-STEPS = ("Lab packages", "Lab mirror (wheels, model)", "Lab host", "pyinfra inventories/lab.py deploy.py", "Ask the model")
+STEPS = (
+    "Lab packages",
+    "Lab mirror (wheels, model)",
+    "Lab host",
+    "pyinfra inventories/lab.py deploy.py",
+    "Ask the model",
+)
 
 _began = time.monotonic()
 
@@ -32,7 +38,9 @@ def main() -> int:
     """Exit 0 with a reply shown, 1 when a step failed."""
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument("--down", action="store_true", help="remove the demo's host and all that belongs to it")
-    parser.add_argument("--install-packages", action="store_true", help="only install what the lab needs (scripts/test)")
+    parser.add_argument(
+        "--install-packages", action="store_true", help="only install what the lab needs (scripts/test)"
+    )
     arguments = parser.parse_args()
     try:
         if arguments.down:
@@ -55,7 +63,10 @@ def demo() -> int:
     step(2)
     life.up(life.requests([], 1), PREFIX, life.Options(), say=say)
     step(3)
-    run([str(Path(sys.executable).parent / "pyinfra"), "inventories/lab.py", "deploy.py", "-y", *PUBLISHED], LLMHOST_LAB=PREFIX)
+    run(
+        [str(Path(sys.executable).parent / "pyinfra"), "inventories/lab.py", "deploy.py", "-y", *PUBLISHED],
+        LLMHOST_LAB=PREFIX,
+    )
     step(4)
     _, host = state.find_host(f"{PREFIX}-1")
     question, reply = ask(host.name, host.ip)
@@ -130,7 +141,9 @@ def interesting(line: str) -> str:
     line = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
     if line.startswith("--> Starting operation: "):
         return line.removeprefix("--> Starting operation: ")
-    if re.search(r"\] (fetch|start|dev|Error|Refused)|passed|failed|\.\.\.|WARNING|ERROR", line) or not line.startswith(("-->", "[", "Operation")):
+    if re.search(r"\] (fetch|start|dev|Error|Refused)|passed|failed|\.\.\.|WARNING|ERROR", line) or not line.startswith(
+        ("-->", "[", "Operation")
+    ):
         return "" if line.startswith("Grand total") or " | " in line else f"  {line}" if line else ""
     return ""
 
@@ -142,7 +155,9 @@ def ask(name: str, ip: str) -> tuple[str, str]:
     message = {"role": "user", "content": model["proof_question"]}
     question = {"model": model["served_name"], "messages": [message], "temperature": 0, "max_tokens": 64}
     with httpx.Client(trust_env=False, timeout=60) as client:
-        reply = client.post(f"http://{ip}:8000/v1/chat/completions", json=question, headers={"Authorization": f"Bearer {key}"})
+        reply = client.post(
+            f"http://{ip}:8000/v1/chat/completions", json=question, headers={"Authorization": f"Bearer {key}"}
+        )
     return model["proof_question"], reply.raise_for_status().json()["choices"][0]["message"]["content"]
 
 

@@ -116,9 +116,9 @@ def _discard_if_half_made(lab: Lab, name: str) -> None:
 
 
 def _load_or_sweep(prefix: str) -> Lab:
-    """The running lab, or a new one on swept ground: a lab without its bridge (this machine rebooted) is no more."""
+    """The running lab, or a new one on swept ground: a lab without its network (this machine rebooted) is none."""
     lab = state.load(prefix)
-    if lab is None or lab.bridge not in network.interfaces(prefix):
+    if lab is None or not network.is_up(prefix):
         _sweep(prefix)
         lab = Lab(prefix)
     return lab

@@ -20,7 +20,7 @@ FIRST_HOST = 11  # .1 is the controller
 
 def ensure(lab: Lab, *, internet: bool) -> None:
     """Makes the bridge, its address and its firewall rules where they are missing."""
-    if lab.bridge and shell.succeeds("ip", "link", "show", lab.bridge):
+    if is_up(lab.prefix):
         if lab.internet != internet:
             raise LabError(
                 f"the lab {lab.prefix!r} already runs {'with' if lab.internet else 'without'} the Internet. "
@@ -30,12 +30,18 @@ def ensure(lab: Lab, *, internet: bool) -> None:
     with state.lock("network"):
         _choose(lab, internet=internet)
         state.save(lab)
+        for chain, *rule in _rules(lab):
+            table = "nat" if chain == "POSTROUTING" else "filter"
+            shell.run("iptables", "-w", "-t", table, "-I", chain, *rule, *_mark(lab.prefix))
+        for interface in lab.forwarding_enabled:
+            _forwarding(interface).write_text("1")
         _make_bridge(lab)
-    for chain, *rule in _rules(lab):
-        table = "nat" if chain == "POSTROUTING" else "filter"
-        shell.run("iptables", "-w", "-t", table, "-I", chain, *rule, *_mark(lab.prefix))
-    for interface in lab.forwarding_enabled:
-        _forwarding(interface).write_text("1")
+
+
+def is_up(prefix: str) -> bool:
+    """Whether the lab's network is complete: its bridge is switched on last."""
+    links = json.loads(shell.run("ip", "-json", "link"))
+    return any(link["ifname"] == _bridge(prefix) and "UP" in link["flags"] for link in links)
 
 
 def free_address(lab: Lab) -> str:
@@ -78,13 +84,17 @@ def remove(prefix: str, lab: Lab | None) -> None:
 def interfaces(prefix: str) -> list[str]:
     """The lab's interfaces on this machine: its hosts' and its bridge."""
     names = [link["ifname"] for link in json.loads(shell.run("ip", "-json", "link"))]
-    return [name for name in names if name.startswith(f"vb-{prefix}-") or name == f"br-{prefix}"]
+    return [name for name in names if name.startswith(f"vb-{prefix}-") or name == _bridge(prefix)]
+
+
+def _bridge(prefix: str) -> str:
+    return f"br-{prefix}"
 
 
 def _choose(lab: Lab, *, internet: bool) -> None:
     lab.subnet = _free_subnet()
     lab.address = str(next(ipaddress.ip_network(lab.subnet).hosts()))
-    lab.bridge = f"br-{lab.prefix}"
+    lab.bridge = _bridge(lab.prefix)
     lab.internet = internet
     uplinks = [route["dev"] for route in json.loads(shell.run("ip", "-4", "-json", "route", "show", "default"))]
     wanted = uplinks if internet else []
@@ -107,10 +117,10 @@ def _networks_in_use() -> list[ipaddress.IPv4Network]:
 def _make_bridge(lab: Lab) -> None:
     shell.run("ip", "link", "add", lab.bridge, "type", "bridge")
     shell.run("ip", "address", "add", f"{lab.address}/24", "dev", lab.bridge)
-    shell.run("ip", "link", "set", lab.bridge, "up")
     _forwarding(lab.bridge).write_text("1")  # of this interface only: so that packets reach the rule that refuses them
     # A host that boots is asked for ten times a second, not once: its first answer otherwise comes up to 1 s late.
     Path(f"/proc/sys/net/ipv4/neigh/{lab.bridge}/retrans_time_ms").write_text("100")
+    shell.run("ip", "link", "set", lab.bridge, "up")
 
 
 def _rules(lab: Lab) -> list[list[str]]:

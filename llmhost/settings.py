@@ -78,7 +78,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     accelerator: Literal["auto", "cpu", "nvidia"] = Field(
-        "auto", description="What the engine computes on; `auto` takes an NVIDIA GPU where sysfs shows one, else the CPU."
+        "auto",
+        description="What the engine computes on; `auto` takes an NVIDIA GPU where sysfs shows one, else the CPU.",
     )
 
     model: str = Field(
@@ -126,7 +127,13 @@ class Settings(BaseModel):
     webui_admin_email: Annotated[str, AfterValidator(_email)] = Field(
         "admin@localhost", description="Sign-in name of the first administrator, created at the first start."
     )
-    webui_admin_name: str = Field("Administrator", min_length=1, description="Display name of the first administrator.")
+    webui_admin_name: str = Field(
+        "Administrator",
+        min_length=1,
+        max_length=64,
+        pattern=r"^[^\r\n]*$",
+        description="Display name of the first administrator.",
+    )
     webui_admin_password: Annotated[SecretStr | None, AfterValidator(_password)] = Field(
         None, description="Password of the first administrator, 8 to 72 bytes; unset generates one on the host."
     )

@@ -49,6 +49,7 @@ def _directories() -> list[HostDirectory]:
         HostDirectory("/opt/llmhost/locks"),
         HostDirectory("/opt/llmhost/releases"),
         HostDirectory("/usr/local/lib/llmhost"),
+        HostDirectory("/usr/local/lib/llmhost/python"),
         HostDirectory("/var/lib/llmhost", owner="llmhost", group="llmhost"),
         HostDirectory("/var/lib/llmhost/cache", "0750", "llmhost", "llmhost"),
         HostDirectory("/var/lib/llmhost/models"),
@@ -57,6 +58,9 @@ def _directories() -> list[HostDirectory]:
 
 
 def _programs() -> list[HostFile]:
-    return [
-        HostFile(f"/usr/local/lib/llmhost/{name}", (ROOT / "runtime" / name).read_text(), "0755") for name in PROGRAMS
-    ]
+    programs = [HostFile(f"/usr/local/lib/llmhost/{name}", _shipped(name), "0755") for name in PROGRAMS]
+    return [*programs, HostFile("/usr/local/lib/llmhost/python/require_key.py", _shipped("require_key.py"))]
+
+
+def _shipped(name: str) -> str:
+    return (ROOT / "runtime" / name).read_text()

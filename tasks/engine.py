@@ -21,9 +21,7 @@ def engine(plan: HostPlan) -> None:
         entries=[
             HostFile("/etc/llmhost/vllm.yaml", render("/etc/llmhost/vllm.yaml", engine=planned)),
             HostFile("/etc/llmhost/vllm.env", render("/etc/llmhost/vllm.env", engine=planned), "0600"),
-            HostFile(
-                "/etc/systemd/system/vllm.service", render("/etc/systemd/system/vllm.service", engine=planned)
-            ),
+            HostFile("/etc/systemd/system/vllm.service", render("/etc/systemd/system/vllm.service", engine=planned)),
             HostFile("/etc/systemd/system/llmhost.target", render("/etc/systemd/system/llmhost.target")),
         ],
     )

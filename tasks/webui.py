@@ -22,7 +22,8 @@ def open_webui(plan: HostPlan) -> None:
         entries=[
             HostFile("/etc/llmhost/open-webui.env", _environment(planned), "0600"),
             HostFile(
-                "/etc/systemd/system/open-webui.service", render("/etc/systemd/system/open-webui.service", webui=planned)
+                "/etc/systemd/system/open-webui.service",
+                render("/etc/systemd/system/open-webui.service", webui=planned),
             ),
         ],
     )

@@ -12,7 +12,19 @@ from functools import partial
 from pathlib import Path
 
 from lab import LabError, state
-from lab.mirror import APT_PROXY_PORT, HUB_PORT, INDEX_PORT, apt, cache, hub, index, model, python_builds, web, wheelhouse
+from lab.mirror import (
+    APT_PROXY_PORT,
+    HUB_PORT,
+    INDEX_PORT,
+    apt,
+    cache,
+    hub,
+    index,
+    model,
+    python_builds,
+    web,
+    wheelhouse,
+)
 
 
 def main() -> int:

@@ -1,14 +1,14 @@
 """A caching proxy for apt: `Acquire::http::Proxy` points here, packages are fetched once and served offline afterwards.
 
-A .deb and a by-hash index never change and are kept for ever. What does change (InRelease) is revalidated, and served from the
-cache where the archive does not answer. Anything that is not of an archive's layout is refused: this is no way to the Internet.
+A .deb and a by-hash index never change and are kept for ever. What does change (InRelease) is revalidated, and served
+from the cache where the archive does not answer. Anything that is not of an archive's layout is refused: this is no way
+to the Internet. (Debian's apt-cacher-ng answered "503 Host not found" in such a lab: field-notes/lab.md, section 6.)
 """
 
 from __future__ import annotations
 
 import email.utils
 import os
-import shutil
 import tempfile
 import time
 import urllib.error
@@ -19,7 +19,7 @@ from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from lab.mirror.web import Handler
@@ -39,14 +39,16 @@ class AptCache:
         self._silent_until: dict[str, float] = {}
 
     def path(self, host: str, path: str) -> Path:
+        """Where a file of an archive lies, or would lie, in the cache."""
         return self.directory / host / unquote(path).lstrip("/")
 
     def busy(self, path: Path) -> Lock:
-        """Held while a file is fetched: of many hosts that want it at once, the first fetches, the others wait for it."""
+        """Held while a file is fetched: of many hosts that want it at once, the first fetches, the others wait."""
         with self._guard:
             return self._busy[path]
 
     def is_silent(self, host: str) -> bool:
+        """Whether the archive failed to answer a moment ago; asking again would cost each file the whole timeout."""
         return time.monotonic() < self._silent_until.get(host, 0)
 
     def note_silence(self, host: str) -> None:
@@ -111,6 +113,8 @@ class AptHandler(Handler):
         self.close_connection = self.close_connection or length is None
         headers |= {"Content-Length": length} if length is not None else {"Connection": "close"}
         self.begin(HTTPStatus.OK, headers)
+        if self.command == "HEAD":
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".incoming-", delete=False) as incoming:
             try:
@@ -118,19 +122,19 @@ class AptHandler(Handler):
                 complete = length is None or incoming.tell() == int(length)
             except (OSError, HTTPException):
                 complete = False
-        if self.command == "HEAD" or not complete:
-            os.unlink(incoming.name)
+        received = Path(incoming.name)
+        if not complete:
+            received.unlink()
             self.close_connection = True
             return
         with suppress(TypeError, ValueError):
             modified = email.utils.parsedate_to_datetime(response.headers["Last-Modified"]).timestamp()
-            os.utime(incoming.name, (modified, modified))
-        os.chmod(incoming.name, 0o644)
-        shutil.move(incoming.name, path)
+            os.utime(received, (modified, modified))
+        received.replace(path)
 
-    def _copy_to_both(self, response: HTTPResponse, incoming: Any) -> None:
+    def _copy_to_both(self, response: HTTPResponse, incoming: IO[bytes]) -> None:
         """To the client and to the cache; a client that hangs up does not stop the download."""
-        listening = self.command != "HEAD"
+        listening = True
         while chunk := response.read(CHUNK_BYTES):
             incoming.write(chunk)
             if listening:
@@ -143,7 +147,9 @@ class AptHandler(Handler):
         if path.is_file():
             self._send_cached(path)
         else:
-            self.reply(HTTPStatus.GATEWAY_TIMEOUT, f"{self.path} is not in the lab's cache, and the archive: {reason}\n")
+            self.reply(
+                HTTPStatus.GATEWAY_TIMEOUT, f"{self.path} is not in the lab's cache, and the archive: {reason}\n"
+            )
 
     def _send_cached(self, path: Path) -> None:
         modified = last_modified(path)
@@ -154,12 +160,15 @@ class AptHandler(Handler):
 
 
 def is_archive_path(path: str) -> bool:
-    return "/dists/" in path or "/pool/" in path
+    """Whether this is a file in the layout of a Debian archive."""
+    return ("/dists/" in path or "/pool/" in path) and not path.endswith("/")
 
 
 def is_immutable(path: str) -> bool:
+    """Whether this address always names the same bytes."""
     return path.endswith((".deb", ".udeb", ".ddeb")) or "/by-hash/" in path
 
 
 def last_modified(path: Path) -> str:
+    """A file's time as HTTP writes it."""
     return email.utils.formatdate(path.stat().st_mtime, usegmt=True)

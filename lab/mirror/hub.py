@@ -1,9 +1,9 @@
 """A model hub that Hugging Face's own client accepts: the trial model, by range, and with faults on demand.
 
-    POST /_fault  {"drop_after": BYTES | "corrupt": true | "rate": BYTES_PER_SECOND | "status": 503,
-                   "times": K, "path": FILE}     the next K requests for that file go wrong (1, the weights)
-    POST /_fault  {}                             all is well again
-    GET  /_requests                              what was asked for so far: [[method, path, Range header, status], ...]
+POST /_fault  {"drop_after": BYTES | "corrupt": true | "rate": BYTES_PER_SECOND | "status": 503,
+               "times": K, "path": FILE}     the next K requests for that file go wrong (1, the weights)
+POST /_fault  {}                             all is well again
+GET  /_requests                              what was asked for so far: [[method, path, Range header, status], ...]
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Hub:
         self._lock = Lock()
 
     def set_fault(self, wanted: dict[str, Any]) -> None:
-        """Raises TypeError for a name that is none of a fault's."""
+        """What goes wrong next, by the names of Fault; an empty dict heals. Raises TypeError for an unknown name."""
         fault = Fault(**wanted) if wanted else Fault(times=0)
         with self._lock:
             self._fault = fault
@@ -128,7 +128,9 @@ class HubHandler(Handler):
         elif fault.status is not None:
             self.reply(HTTPStatus(fault.status), {"error": "a fault that a test asked for"})
         else:
-            self.send_file(file.path, headers, lambda opened, first, count: self._send_badly(fault, opened, first, count))
+            self.send_file(
+                file.path, headers, lambda opened, first, count: self._send_badly(fault, opened, first, count)
+            )
 
     def _send_badly(self, fault: Fault, file: BinaryIO, first: int, count: int) -> None:
         """The bytes asked for: slowly, with one bit flipped, or not all of them, as the fault says."""
@@ -165,9 +167,7 @@ class HubHandler(Handler):
         }
 
     def _not_found(self, code: str, message: str) -> None:
-        self.reply(
-            HTTPStatus.NOT_FOUND, {"error": message}, headers={"X-Error-Code": code, "X-Error-Message": message}
-        )
+        self.reply(HTTPStatus.NOT_FOUND, {"error": message}, headers={"X-Error-Code": code, "X-Error-Message": message})
 
 
 def sibling(name: str, file: File) -> dict[str, object]:

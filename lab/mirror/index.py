@@ -48,7 +48,9 @@ class IndexHandler(Handler):
             case ["python", name] if (path := self.builds.file(name)) is not None:
                 self.send_file(path)
             case _:
-                self.reply(HTTPStatus.NOT_FOUND, f"the lab's mirror has no {self.path}; it holds what locks/*.txt name.\n")
+                self.reply(
+                    HTTPStatus.NOT_FOUND, f"the lab's mirror has no {self.path}; it holds what locks/*.txt name.\n"
+                )
 
     def _list_projects(self) -> None:
         links = "".join(f'<a href="{project}/">{project}</a><br>\n' for project in sorted(self.index.projects))

@@ -39,11 +39,14 @@ class File:
 
     @property
     def etag(self) -> str:
+        """What the hub sends as ETag, and the client keeps as the file's identity."""
         return self.sha256 if self.is_lfs else self.git_sha1
 
 
 @dataclass(frozen=True)
 class Repository:
+    """A model repository at its one revision (40 hex digits)."""
+
     name: str
     revision: str
     files: dict[str, File]
@@ -89,6 +92,7 @@ def describe(directory: Path) -> None:
 
 
 def examine(path: Path) -> dict[str, str | int]:
+    """The fields of File, less its path."""
     size, sha256 = path.stat().st_size, cache.sha256(path)
     if path.suffix == ".safetensors":
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
@@ -97,14 +101,19 @@ def examine(path: Path) -> dict[str, str | int]:
 
 
 def git_sha1(content: bytes) -> str:
+    """The name Git gives to a file of this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def load(cache_directory: Path) -> Repository:
-    directory = folder(cache_directory)
     try:
-        record = json.loads((directory / RECORD).read_text())
+        return read(folder(cache_directory))
     except FileNotFoundError:
         raise LabError("the mirror lacks the trial model: run `python -m lab.mirror prepare`.") from None
+
+
+def read(directory: Path) -> Repository:
+    """The repository that `describe` wrote down."""
+    record = json.loads((directory / RECORD).read_text())
     files = {name: File(directory / name, **described) for name, described in record["files"].items()}
     return Repository(REPOSITORY, record["revision"], files)

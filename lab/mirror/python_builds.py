@@ -1,10 +1,10 @@
 """Stand-in for python-build-standalone, the vendor that `uv python install` gets its Pythons from.
 
-Debian 12's own CPython 3.11, put into the layout of that vendor's `install_only` archives and announced in a list of the shape
-that UV_PYTHON_DOWNLOADS_JSON_URL names. It lets a lab host without a python3.11 (Debian 13, any Ubuntu) walk the same path as a
-real one, without the Internet. What differs from the vendor's: it is linked with the shared libraries (OpenSSL 3, libffi 8, SQLite
-...) that every supported system has already for its own python3, it has no tkinter, no idle, no ensurepip, and its patch version is
-Debian's. It needs glibc 2.35 or newer.
+Debian 12's own CPython 3.11, put into the layout of that vendor's `install_only` archives and announced in a list of
+the shape that UV_PYTHON_DOWNLOADS_JSON_URL names. It lets a lab host without a python3.11 (Debian 13, any Ubuntu) walk
+the same path as a real one, without the Internet. What differs from the vendor's: it is linked with shared libraries
+(OpenSSL 3, libffi 8, SQLite ...) that every supported system has already for its own python3; it has no tkinter, no
+idle and no ensurepip; its patch version is Debian's. It needs glibc 2.35 or newer.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class PythonBuilds:
         self.directory = folder(cache_directory)
 
     def file(self, name: str) -> Path | None:
+        """A file of the stand-in by its name, or None where there is none."""
         path = self.directory / Path(name).name
         return path if path.is_file() else None
 
@@ -91,8 +92,8 @@ def build(directory: Path, say: Say) -> None:
 
 
 def unpack(root: Path) -> None:
-    """mmdebstrap fetches, verifies and extracts on any controller that can build lab images; nothing is run or configured."""
-    command = ["mmdebstrap", "--quiet", "--variant=extract", "--aptopt=APT::Install-Recommends \"false\""]
+    """mmdebstrap fetches, verifies and extracts, on any controller that can build lab images; nothing is run."""
+    command = ["mmdebstrap", "--quiet", "--variant=extract", '--aptopt=APT::Install-Recommends "false"']
     command += [f"--include={','.join(PACKAGES)}", SUITE, str(root)]
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -44,6 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self) -> None:
+        """One request; `self.command` is GET or HEAD."""
         raise NotImplementedError
 
     def reply(
@@ -114,5 +115,5 @@ def start(address: str, port: int, handler: Callable[..., Handler]) -> Server:
             f"the mirror cannot listen on {address} port {port}: {error.strerror}. "
             f"See what holds it with `ss -ltnp 'sport = :{port}'`."
         ) from error
-    Thread(target=server.serve_forever, daemon=True, name=f"port {port}").start()
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True, name=f"port {port}").start()
     return server

@@ -16,6 +16,7 @@ GIB = 1 << 30
 MIB = 1 << 20
 
 MODELS = "/var/lib/llmhost/models"
+MIDDLEWARE = "/usr/local/lib/llmhost/python"
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 
 # The engine's processes without weights and KV cache: 2.9 GB resident with 0.27 GB of weights and 1 GiB of cache
@@ -61,7 +62,9 @@ def _accelerator(settings: Settings, hardware: Hardware, notes: Notes) -> str:
         notes.refuse("accelerator", f"expected an NVIDIA GPU, but {seen}", 'Set accelerator = "cpu" for a trial')
     elif accelerator == "nvidia":
         notes.refuse(
-            "accelerator", f"{seen}, but this version of llmhost runs the engine on the CPU only", 'Set accelerator = "cpu"'
+            "accelerator",
+            f"{seen}, but this version of llmhost runs the engine on the CPU only",
+            'Set accelerator = "cpu"',
         )
     return accelerator
 
@@ -105,7 +108,9 @@ def _entry(name: str) -> ModelEntry | None:
 
 
 def _catalogue_model(settings: Settings, entry: ModelEntry, notes: Notes) -> Model:
-    notes.decide("model", "model", entry.name, f"{entry.repository}, {entry.licence}, {entry.weights_bytes / GIB:.2f} GiB")
+    notes.decide(
+        "model", "model", entry.name, f"{entry.repository}, {entry.licence}, {entry.weights_bytes / GIB:.2f} GiB"
+    )
     revision = settings.model_revision or entry.revision
     reason = notes.given("model_revision") if settings.model_revision else "the catalogue's pinned commit"
     notes.decide("model", "model_revision", revision, reason)
@@ -136,7 +141,9 @@ def _hub_model(settings: Settings, notes: Notes) -> Model | None:
 
 
 def _local_model(settings: Settings, notes: Notes) -> Model:
-    notes.decide("model", "model", settings.model, "a directory on the host: nothing is fetched, its fit is not computed")
+    notes.decide(
+        "model", "model", settings.model, "a directory on the host: nothing is fetched, its fit is not computed"
+    )
     return _unknown_model("", "", settings.model)
 
 
@@ -192,6 +199,7 @@ def _cpu_engine(
                 "/etc/llmhost/vllm.yaml",
                 "/etc/llmhost/vllm.env",
                 "/etc/llmhost/secrets/vllm.env",
+                f"{MIDDLEWARE}/require_key.py",
             ),
             start_timeout_seconds=600,
         ),
@@ -231,7 +239,9 @@ def _known_cache(settings: Settings, hardware: Hardware, entry: ModelEntry, note
         "engine",
         "engine_context_tokens",
         wish or min(native, most),
-        notes.given("engine_context_tokens") if wish else f"the least of {native} (trained) and {most} (fits in memory)",
+        notes.given("engine_context_tokens")
+        if wish
+        else f"the least of {native} (trained) and {most} (fits in memory)",
     )
     profile = CPU_PROFILES[settings.tuning_profile]
     contexts = settings.engine_concurrency or profile.contexts
@@ -239,7 +249,9 @@ def _known_cache(settings: Settings, hardware: Hardware, entry: ModelEntry, note
     if settings.engine_kv_cache_gib:
         wanted, reason = int(settings.engine_kv_cache_gib * GIB), notes.given("engine_kv_cache_gib")
     else:
-        asked = notes.given("engine_concurrency") if settings.engine_concurrency else f"profile {settings.tuning_profile}"
+        asked = (
+            notes.given("engine_concurrency") if settings.engine_concurrency else f"profile {settings.tuning_profile}"
+        )
         reason = f"{contexts} contexts of {context} tokens at {entry.kv_bytes_per_token} bytes a token ({asked})"
     if wanted > budget and (settings.engine_kv_cache_gib or settings.engine_concurrency):
         _refuse_cache(settings, budget, wanted, notes)
@@ -252,13 +264,15 @@ def _known_cache(settings: Settings, hardware: Hardware, entry: ModelEntry, note
 
 def _refuse_for_memory(hardware: Hardware, entry: ModelEntry, context: int, notes: Notes) -> None:
     fixed = NEIGHBOURS_BYTES + ENGINE_OVERHEAD_BYTES
-    needed = fixed + entry.weights_bytes + context * entry.kv_bytes_per_token
+    cache = context * entry.kv_bytes_per_token
+    needed = fixed + entry.weights_bytes + cache
+    has = hardware.memory_bytes
     fitting = [m.name for m in models().values() if _least_bytes(m) <= hardware.memory_bytes]
     notes.refuse(
         "model",
         f"{entry.name} needs {needed / GIB:.1f} GiB of memory ({entry.weights_bytes / GIB:.1f} weights, "
-        f"{context * entry.kv_bytes_per_token / GIB:.1f} KV cache for {context} tokens, {fixed / GIB:.1f} engine and system); "
-        f"the host has {hardware.memory_bytes / GIB:.1f} GiB, {(needed - hardware.memory_bytes) / GIB:.1f} GiB too little",
+        f"{cache / GIB:.1f} KV cache for {context} tokens, {fixed / GIB:.1f} engine and system); "
+        f"the host has {has / GIB:.1f} GiB, {(needed - has) / GIB:.1f} GiB too little",
         f"What would fit: {', '.join(fitting) or 'no model of the catalogue'}",
     )
 
@@ -272,14 +286,16 @@ def _refuse_cache(settings: Settings, budget: int, wanted: int, notes: Notes) ->
     name = "engine_kv_cache_gib" if settings.engine_kv_cache_gib else "engine_concurrency"
     notes.refuse(
         name,
-        f"asks for {wanted / GIB:.2f} GiB of KV cache, {(wanted - budget) / GIB:.2f} GiB more than memory leaves for it",
+        f"asks for {wanted / GIB:.2f} GiB of KV cache, {(wanted - budget) / GIB:.2f} GiB more than memory leaves",
         f"Lower {name} or engine_context_tokens: at most {budget / GIB:.2f} GiB fit",
     )
 
 
 def _unknown_cache(settings: Settings, notes: Notes) -> Cache:
     gib = settings.engine_kv_cache_gib or 1.0
-    reason = notes.given("engine_kv_cache_gib") if settings.engine_kv_cache_gib else "1 GiB: the model's shape is unknown"
+    reason = (
+        notes.given("engine_kv_cache_gib") if settings.engine_kv_cache_gib else "1 GiB: the model's shape is unknown"
+    )
     return Cache(notes.decide("engine", "kv_cache_bytes", int(gib * GIB), reason), None, settings.engine_context_tokens)
 
 
@@ -309,6 +325,8 @@ def _flags(model: Model, address: str, port: int, cache: Cache, sequences: int) 
         # Ready in 17 s; compiled 66 s, and the host would need g++ and Python.h (field notes, lab.md, section 3).
         "enforce-eager": True,
         "disable-fastapi-docs": True,
+        # vLLM itself guards /v1 and leaves /invocations, full inference, to anyone (runtime/require_key.py).
+        "middleware": "require_key.RequireKey",
         "shutdown-timeout": 15,
     }
     if cache.context_tokens:
@@ -319,6 +337,7 @@ def _flags(model: Model, address: str, port: int, cache: Cache, sequences: int) 
 def _environment(release: Release) -> dict[str, str]:
     return {
         "PATH": f"{release.path}/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PYTHONPATH": MIDDLEWARE,
         "HOME": "/var/lib/llmhost",
         "HF_HOME": "/var/lib/llmhost/cache/huggingface",
         "VLLM_CACHE_ROOT": "/var/lib/llmhost/cache/vllm",

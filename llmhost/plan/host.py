@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from llmhost.catalogue import find_locks
 from llmhost.hardware import Hardware
-from llmhost.plan.engine import EnginePlan, plan_engine
-from llmhost.plan.model import BasePlan, HostPlan, Release, WebuiPlan
+from llmhost.plan.engine import plan_engine
+from llmhost.plan.model import BasePlan, EnginePlan, HostPlan, Release, WebuiPlan
 from llmhost.plan.notes import Notes
 from llmhost.plan.release import plan_release
 from llmhost.plan.webui import plan_webui
@@ -130,13 +130,14 @@ def _check_disks(hardware: Hardware, engine: EnginePlan, webui: WebuiPlan, notes
         if needed > free:
             notes.refuse(
                 "disk",
-                f"{mount} needs {needed / MIB:,.0f} MiB free for what is not yet installed, and has {free / MIB:,.0f} MiB",
+                f"{mount} needs {needed / MIB:,.0f} MiB free for what is not yet installed, and has "
+                f"{free / MIB:,.0f} MiB",
                 f"Free {(needed - free) / MIB:,.0f} MiB on {mount}, or mount a larger disk there",
             )
 
 
 def _new_bytes(hardware: Hardware, engine: EnginePlan, webui: WebuiPlan) -> list[tuple[str, int]]:
-    """What this plan adds: (where, bytes). Wheels are downloaded beside the release and removed afterwards."""
+    """What this plan adds: (where, bytes). uv's cache is linked into the release, wheels in flight are not."""
     new = [
         (release.path, (release.disk_mib + release.download_mib) * MIB)
         for release in (engine.release, webui.release)
@@ -148,7 +149,7 @@ def _new_bytes(hardware: Hardware, engine: EnginePlan, webui: WebuiPlan) -> list
 
 
 def downloads(plan: HostPlan, hardware: Hardware) -> dict[str, str]:
-    """What must be reached from the host before anything is touched: {setting: URL}, only for what is still to fetch."""
+    """What must be reached from the host before anything is touched: {setting: URL}, for what is still to fetch."""
     if not (plan.base and plan.engine and plan.webui):
         return {}
     base, model = plan.base, plan.engine.model

@@ -149,5 +149,5 @@ class HostPlan:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def as_json(self) -> dict[str, Any]:
-        """The plan as JSON values: the contract of `llmhost plan --json` and of plan.json on the host (docs/contracts.md)."""
+        """The plan as JSON values: the contract of `llmhost plan --json` and of plan.json (docs/contracts.md)."""
         return {**dataclasses.asdict(self), "hash": self.hash}

@@ -37,7 +37,9 @@ def plan_release(lock: LockEntry, hardware: Hardware, current: str, notes: Notes
 
 def _check_machine(lock: LockEntry, hardware: Hardware, notes: Notes) -> None:
     if hardware.machine in lock.untested_machines:
-        notes.decide("host", "machine", hardware.machine, f"untested: {lock.path} has wheels for it, no run has been seen")
+        notes.decide(
+            "host", "machine", hardware.machine, f"untested: {lock.path} has wheels for it, no run has been seen"
+        )
     elif hardware.machine not in lock.machines:
         known = ", ".join(lock.machines + lock.untested_machines)
         notes.refuse(

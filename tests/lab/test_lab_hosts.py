@@ -1,4 +1,4 @@
-"""The lab itself: hosts boot, survive what real machines survive, and leave nothing behind. Real hosts, a lab of its own."""
+"""The lab itself: hosts boot, survive what real machines survive, and leave nothing behind."""
 
 from __future__ import annotations
 

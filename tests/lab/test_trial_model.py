@@ -115,5 +115,7 @@ def test_bfloat16_rounds_to_nearest_even(value: float, bits: int) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_model, "DISTRIBUTION", "llm-no-such-model")
-    with pytest.raises(FileNotFoundError, match=r"llm-no-such-model, which is not installed: install requirements-dev\.txt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"llm-no-such-model, which is not installed: install requirements-dev\.txt"
+    ):
         trial_model.packaged_gguf()

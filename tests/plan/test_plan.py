@@ -178,8 +178,15 @@ def test_everything_decided_has_a_reason() -> None:
     context=st.none() | st.integers(256, 40000),
     concurrency=st.none() | st.integers(1, 4096),
 )
-def test_what_is_planned_fits(gib: float, name: str, profile: str, context: int | None, concurrency: int | None) -> None:
-    data = {"model": name, "tuning_profile": profile, "engine_context_tokens": context, "engine_concurrency": concurrency}
+def test_what_is_planned_fits(
+    gib: float, name: str, profile: str, context: int | None, concurrency: int | None
+) -> None:
+    data = {
+        "model": name,
+        "tuning_profile": profile,
+        "engine_context_tokens": context,
+        "engine_concurrency": concurrency,
+    }
     hardware = bare(meminfo=memory(gib), disks=disks(1000))
     p = planned(hardware, **data)
     if p.refused:

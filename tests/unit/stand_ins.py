@@ -152,6 +152,8 @@ def engine(**changes: Route) -> Served:
         "GET /version": lambda request: as_json(200, {"version": "0.32.0"}),
         "GET /v1/models": keyed(lambda request: as_json(200, {"object": "list", "data": [{"id": MODEL}]})),
         "POST /v1/chat/completions": keyed(engine_completion),
+        "POST /invocations": keyed(engine_completion),
+        "GET /metrics": keyed(lambda request: as_json(200, {})),
     }
     return Served({**routes, **changes}, lambda request: as_json(404, {"detail": "Not Found"}))
 
@@ -376,6 +378,8 @@ def healthy_evidence() -> dict[str, Any]:
             "models_wrong_key": answered(401),
             "models": answered(200, ids=[MODEL]),
             "completion_without_key": answered(401),
+            "invocation_without_key": answered(401),
+            "metrics_without_key": answered(401),
             "completion": dict(reply),
         },
         "webui": {

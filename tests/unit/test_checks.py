@@ -79,6 +79,8 @@ WRONG: list[tuple[str, Change]] = [
     ("engine.models", put("engine/models/ids", ["another"])),
     ("engine.models", put("engine/models", {"status": 401, "seconds": 0.1})),
     ("engine.key_required", put("engine/models_without_key/status", 200)),
+    ("engine.invocation_key_required", put("engine/invocation_without_key/status", 200)),
+    ("engine.metrics_key_required", put("engine/metrics_without_key/status", 200)),
     ("engine.wrong_key_refused", put("engine/models_wrong_key/status", 200)),
     ("engine.completion_key_required", put("engine/completion_without_key/status", 200)),
     ("engine.completion", put("engine/completion/text", "I do not know.")),

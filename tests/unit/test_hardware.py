@@ -76,7 +76,12 @@ def test_whatever_a_file_holds_the_output_is_json(text: str) -> None:
 
 def test_a_recorded_host_is_parsed() -> None:
     hardware = bare()
-    assert (hardware.os_id, hardware.os_version, hardware.machine, hardware.init) == ("debian", "12", "x86_64", "systemd")
+    assert (hardware.os_id, hardware.os_version, hardware.machine, hardware.init) == (
+        "debian",
+        "12",
+        "x86_64",
+        "systemd",
+    )
     assert hardware.pythons["3.11"] == "/usr/bin/python3.11"
     assert hardware.elevates
     assert hardware.installed.releases == frozenset()

@@ -29,7 +29,11 @@ def test_every_line_is_an_exact_pin_or_its_hash(lock: Path) -> None:
     lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
     strangers = [line for line in lines if not PIN.fullmatch(line) and not HASH.fullmatch(line)]
     assert strangers == []
-    unhashed = [line for line, following in zip(lines, [*lines[1:], ""], strict=True) if "==" in line and "--hash" not in following]
+    unhashed = [
+        line
+        for line, following in zip(lines, [*lines[1:], ""], strict=True)
+        if "==" in line and "--hash" not in following
+    ]
     assert unhashed == []
     assert pins(lock)
 

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmhost.catalogue import ROOT
-from llmhost.settings import PYINFRA_PREFIXES, Layer, Settings, SettingsError, load, markdown, secret_names, supplied_secrets
+from llmhost.settings import (
+    PYINFRA_PREFIXES,
+    Layer,
+    Settings,
+    SettingsError,
+    load,
+    markdown,
+    secret_names,
+    supplied_secrets,
+)
 
 
 def refused(**data: Any) -> str:
@@ -94,5 +103,7 @@ def test_unknown_names_never_pass(data: dict[str, int]) -> None:
 
 
 def test_the_documentation_is_generated_from_the_schema() -> None:
-    assert Path(ROOT, "docs/settings.md").read_text() == markdown(), "run: llmhost settings --markdown > docs/settings.md"
+    assert Path(ROOT, "docs/settings.md").read_text() == markdown(), (
+        "run: llmhost settings --markdown > docs/settings.md"
+    )
     assert all(f"`{name}`" in markdown() for name in Settings.model_fields)
