@@ -16,6 +16,7 @@ from llmhost.plan.model import BasePlan, Release
 
 UV = "/opt/llmhost/uv"
 LOCKS = "/opt/llmhost/locks"
+LOCK = "/opt/llmhost/.installing"  # held by whoever installs
 
 
 class UvVersion(JsonFact):
@@ -62,7 +63,12 @@ def uv(version: str, lock: str, base: BasePlan) -> Generator[StringCommand]:
     pip += ["--disable-pip-version-check", *_pip_index(base), "--requirement", lock]
     index = base.python_index or "the default index"
     remedy = f"uv {version} could not be installed from {index} (mirror_python_index)"
-    yield _explained(f"python3 -m venv --clear {UV} && {_quoted(pip)}", remedy)
+    script = [
+        *_alone(f"{UV}/bin/uv --version 2>&1 | grep -qF 'uv {version}'"),
+        f"python3 -m venv --clear {UV}",
+        _quoted(pip),
+    ]
+    yield _explained("\n".join(script), remedy)
 
 
 def _pip_index(base: BasePlan) -> list[str]:
@@ -94,7 +100,7 @@ def release(release: Release, base: BasePlan) -> Generator[StringCommand]:
     }
     script = "\n".join(
         [
-            "set -eu",
+            *_alone(f"grep -qsF {shlex.quote(json.dumps(release.identity))} {release.path}/release.json"),
             "umask 022",
             _quoted([f"{UV}/bin/uv", "venv", "--quiet", "--clear", *_python(release), f"{release.path}/venv"]),
             _quoted([*_sync(release, base), f"{LOCKS}/{release.lock.rpartition('/')[2]}"]),
@@ -104,6 +110,19 @@ def release(release: Release, base: BasePlan) -> Generator[StringCommand]:
         ]
     )
     yield _explained(script, _remedy(release, base), _env=_environment(base))
+
+
+def _alone(done: str) -> list[str]:
+    """A killed pyinfra leaves its command running on the host: wait for it, then go on only with what it has not done.
+
+    + done: shell command that succeeds when there is nothing left to do
+    """
+    return [
+        "set -eu",
+        f"exec 9>{LOCK}",
+        "flock --wait 1800 9 || { echo 'an earlier run still installs on this host, after 30 minutes' >&2; exit 1; }",
+        f"! {{ {done}; }} || exit 0",
+    ]
 
 
 def _remedy(release: Release, base: BasePlan) -> str:

@@ -38,7 +38,7 @@ print(json.dumps(seen))
 
 # What failed, in the service's own words: wait-ready's finding, else the last lines of the journal.
 _START = r"""
-if systemctl restart {units}; then exit 0; fi
+if systemctl {verb} {units}; then exit 0; fi
 for unit in {units}; do
     systemctl is-active --quiet "$unit" && continue
     found=$(journalctl --unit="$unit" --output=cat --lines=200 --no-pager | grep '^wait-ready: ' | tail -n 1)
@@ -70,8 +70,16 @@ def running(services: Sequence[Service], enabled: Sequence[str] = ()) -> Generat
         for unit in to_start:
             _announce(f"start {unit}: {_why(_of(seen, unit))}")
         names = " ".join(map(shlex.quote, to_start))
+        # A start that a killed run left going, from these very inputs, is joined and not begun again.
+        verb = "restart" if any(_of(seen, unit).get("stale") for unit in to_start) else "start"
         yield StringCommand(
-            "systemctl", "reset-failed", names, "2>/dev/null;", "sh", "-c", QuoteString(_START.format(units=names))
+            "systemctl",
+            "reset-failed",
+            names,
+            "2>/dev/null;",
+            "sh",
+            "-c",
+            QuoteString(_START.format(verb=verb, units=names)),
         )
     if not (to_enable or to_start):
         host.noop(f"{', '.join(units)}: as planned")

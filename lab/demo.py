@@ -8,6 +8,7 @@ import os
 import re
 import selectors
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Published on the lab's own bridge only, so that a browser on this machine reaches the page.
 PUBLISHED = ("--data", "webui_publish=true", "--data", "engine_publish=true")
 QUIET_SECONDS = 10
+# Programs of the same name that tests use: Open WebUI's system calls are watched for outside addresses.
+TEST_PACKAGES = ("strace",)
 STEPS = (
     "Lab packages",
     "Lab mirror (wheels, model)",
@@ -38,16 +41,14 @@ def main() -> int:
     """Exit 0 with a reply shown, 1 when a step failed."""
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument("--down", action="store_true", help="remove the demo's host and all that belongs to it")
-    parser.add_argument(
-        "--install-packages", action="store_true", help="only install what the lab needs (scripts/test)"
-    )
+    parser.add_argument("--install-packages", action="store_true", help="only install what lab and tests need")
     arguments = parser.parse_args()
     try:
         if arguments.down:
             life.down(PREFIX, say=say)
             return 0
         if arguments.install_packages:
-            install_packages()
+            install_packages(for_tests=True)
             return 0
         return demo()
     except LabError as error:
@@ -88,9 +89,9 @@ FAREWELL = """
 """
 
 
-def install_packages() -> None:
+def install_packages(*, for_tests: bool = False) -> None:
     """The Debian packages the lab misses, installed or named."""
-    missing = preflight.missing_packages()
+    missing = [*preflight.missing_packages(), *(name for name in TEST_PACKAGES if for_tests and not shutil.which(name))]
     if not missing:
         return
     command = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
@@ -141,11 +142,11 @@ def interesting(line: str) -> str:
     line = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
     if line.startswith("--> Starting operation: "):
         return line.removeprefix("--> Starting operation: ")
-    if re.search(r"\] (fetch|start|dev|Error|Refused)|passed|failed|\.\.\.|WARNING|ERROR", line) or not line.startswith(
-        ("-->", "[", "Operation")
+    if not line or re.match(
+        r"-->|Operation |Grand total|Loading: |.* \| |.*(Success|No changes|Connected)$|.*Ready: ", line
     ):
-        return "" if line.startswith("Grand total") or " | " in line else f"  {line}" if line else ""
-    return ""
+        return ""
+    return f"  {line}"
 
 
 def ask(name: str, ip: str) -> tuple[str, str]:

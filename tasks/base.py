@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pyinfra import host
-from pyinfra.operations import apt, server
+from pyinfra.operations import server
 
 from infra.hostfiles import HostDirectory, HostFile, tree
+from infra.packages import installed
 from infra.secretfiles import present
 from infra.task import task
 from llmhost.catalogue import ROOT
@@ -18,15 +19,7 @@ PROGRAMS = ("fetch-model", "inputs", "probe", "secrets", "wait-ready")
 def base_system(plan: HostPlan) -> None:
     """Packages, user, directories, programs and secrets."""
     assert plan.base
-    apt.packages(
-        name="distribution packages",
-        packages=list(plan.base.packages),
-        update=True,
-        cache_time=86400,
-        no_recommends=True,
-        # A fresh host may still run its first unattended upgrade: wait for its lock instead of failing.
-        extra_install_args="-o DPkg::Lock::Timeout=300",
-    )
+    installed(name="distribution packages", packages=plan.base.packages)
     server.group(name="group llmhost", group="llmhost", system=True)
     server.user(
         name="user llmhost",

@@ -34,12 +34,11 @@ def preflight() -> HostPlan:
     problems = decided.problems or _unreachable(downloads(decided, seen), loaded)
     if problems:
         refuse(problems)
+        return decided
     # The one place that knows how to become root; every operation of this host follows.
     host.data._sudo = seen.user != "root"
     host.data.llmhost_secrets = supplied_secrets(loaded.settings)
-    logger.info(
-        f"{host.print_prefix}Planned: {len(decided.decisions)} decisions (llmhost plan shows each with its reason)"
-    )
+    logger.info(f"{host.print_prefix}Planned: {len(decided.decisions)} decisions (llmhost plan gives each reason)")
     return decided
 
 

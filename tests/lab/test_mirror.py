@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 import pytest
 
+from lab import LabError
 from lab.mirror import apt, hub, index, model, python_builds, web, wheelhouse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -525,6 +526,19 @@ def test_serving_an_empty_cache_says_what_to_run(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "run `python -m lab.mirror prepare`" in refused.stderr
     assert refused.stdout == ""
+
+
+@pytest.mark.lab
+def test_a_killed_prepare_leaves_nothing_that_could_be_taken_for_complete(tmp_path: Path) -> None:
+    command = mirror("prepare", "--cache", str(tmp_path))
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        while "fetching" not in process.stdout.readline():
+            pass
+        os.killpg(process.pid, signal.SIGKILL)  # its pips too
+    assert [path for path in tmp_path.glob("*/*") if ".partial-" not in path.name] == []
+    with pytest.raises(LabError, match=r"run `python -m lab\.mirror prepare`"):
+        wheelhouse.load(tmp_path)
 
 
 @pytest.fixture(scope="module")
