@@ -1,4 +1,4 @@
-"""The spine on lab hosts, as an operator uses it: the real commands, started, watched, killed, and what the host shows."""
+"""The spine on lab hosts as an operator uses it: real commands, started, watched, killed; and what the host shows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ class Deploy:
     """`pyinfra inventories/lab.py deploy.py -y --limit HOST` in a process group of its own, as a terminal has it."""
 
     def __init__(self, host: str, *words: str, inventory: str = INVENTORY) -> None:
-        self._stdout, self._stderr = tempfile.TemporaryFile("w+"), tempfile.NamedTemporaryFile("w+")
+        # Files, not pipes: nobody has to read along for the run to go on.
+        self._stdout = tempfile.NamedTemporaryFile("w")  # noqa: SIM115
+        self._stderr = tempfile.NamedTemporaryFile("w")  # noqa: SIM115
         self._began = time.monotonic()
         self._process = subprocess.Popen(
             [*PYINFRA, inventory, "deploy.py", "-y", "--json", "--limit", host, *words],
@@ -86,8 +88,7 @@ class Deploy:
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"the deploy did not end within {timeout_seconds} s:\n{self.output}") from None
-        self._stdout.seek(0)
-        told = self._stdout.read()
+        told = Path(self._stdout.name).read_text()
         results = json.loads(told)["results"]["operations"] if told.strip() else []
         return Ended(code, self.output, time.monotonic() - self._began, results)
 
@@ -116,6 +117,12 @@ def command(
         check=False,
         timeout=timeout_seconds,
     )
+
+
+def planned(printed: str) -> list[dict[str, Any]]:
+    """The operations of `--dry --json`."""
+    operations: list[dict[str, Any]] = json.loads(printed)["plan"]
+    return operations
 
 
 def wait_until(what: str, holds: Callable[[], object], timeout_seconds: float = 60) -> float:

@@ -12,15 +12,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from llmhost.catalogue import ROOT
-from tests.unit.stand_ins import Answer, Request, as_json, serving
+from tests.unit.stand_ins import Answer, Handler, Request, Route, Served, as_json
 
 PROGRAM = str(ROOT / "runtime/wait-ready")
 KEY = "key-of-the-engine"
@@ -123,11 +123,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def always(answer: Answer) -> Callable[[Request], Answer]:
+class Service(Served):
+    """A service on this port, or on any free one."""
+
+    def __init__(self, routes: dict[str, Route], port: int = 0) -> None:
+        ThreadingHTTPServer.__init__(self, ("127.0.0.1", port), Handler)
+        self.routes, self.unknown = routes, always(Answer(404, b""))
+        self.requests = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+def always(answer: Answer) -> Route:
     return lambda request: answer
 
 
-def engine(models: Answer = MODELS, completion: Answer = COMPLETION) -> dict[str, Callable[[Request], Answer]]:
+def engine(models: Answer = MODELS, completion: Answer = COMPLETION) -> dict[str, Route]:
     return {
         "GET /health": always(Answer(200, b"")),
         "GET /v1/models": always(models),
@@ -139,13 +152,13 @@ def engine(models: Answer = MODELS, completion: Answer = COMPLETION) -> dict[str
 
 
 def test_a_json_answer_is_ready(unit: Unit) -> None:
-    with serving({"GET /ready": always(READY)}) as server:
+    with Service({"GET /ready": always(READY)}) as server:
         assert ended(unit.wait_ready(f"{server.url}/ready")) == (0, "")
     assert is_alive(unit)
 
 
 def test_a_completion_is_ready_and_was_asked_with_the_key(unit: Unit) -> None:
-    with serving(engine()) as server:
+    with Service(engine()) as server:
         assert ended(unit.wait_ready("--completion", server.url)) == (0, "")
         ((_, models), (place, asked)) = server.requests
     assert place == "POST /v1/completions"
@@ -159,7 +172,7 @@ def test_a_service_that_comes_later_is_waited_for(unit: Unit) -> None:
     wait = unit.wait_ready(f"http://127.0.0.1:{port}/ready")
     with pytest.raises(subprocess.TimeoutExpired):
         wait.wait(timeout=0.6)
-    with serving({"GET /ready": always(READY)}, port=port):
+    with Service({"GET /ready": always(READY)}, port=port):
         assert ended(wait) == (0, "")
 
 
@@ -176,7 +189,7 @@ def test_a_service_that_comes_later_is_waited_for(unit: Unit) -> None:
     ids=["page", "empty", "503"],
 )
 def test_only_a_json_200_is_ready(unit: Unit, answer: Answer) -> None:
-    with serving({"GET /ready": always(answer)}) as server:
+    with Service({"GET /ready": always(answer)}) as server:
         assert "not ready after 1 s" in gave_up(unit, unit.wait_ready(f"{server.url}/ready", timeout=1))
 
 
@@ -193,7 +206,7 @@ def test_only_a_json_200_is_ready(unit: Unit, answer: Answer) -> None:
     ids=["500", "no token", "no usage", "usage null", "null", "no JSON"],
 )
 def test_health_without_a_completion_is_not_ready(unit: Unit, completion: Answer) -> None:
-    with serving(engine(completion=completion)) as server:
+    with Service(engine(completion=completion)) as server:
         assert "not ready after 1 s" in gave_up(unit, unit.wait_ready("--completion", server.url, timeout=1))
         assert any(place == "POST /v1/completions" for place, _ in server.requests)
 
@@ -202,12 +215,12 @@ def test_health_without_a_completion_is_not_ready(unit: Unit, completion: Answer
     "models", [as_json(200, {"data": []}), as_json(200, []), as_json(401, {"error": "Unauthorized"})]
 )
 def test_an_engine_without_a_model_is_not_ready(unit: Unit, models: Answer) -> None:
-    with serving(engine(models=models)) as server:
+    with Service(engine(models=models)) as server:
         assert "not ready after 1 s" in gave_up(unit, unit.wait_ready("--completion", server.url, timeout=1))
 
 
 def test_the_last_answer_is_told(unit: Unit) -> None:
-    with serving(engine(models=as_json(401, {"error": "Unauthorized"}))) as server:
+    with Service(engine(models=as_json(401, {"error": "Unauthorized"}))) as server:
         said = gave_up(unit, unit.wait_ready("--completion", server.url, timeout=1))
     assert said == f"not ready after 1 s ({server.url}/v1/models answers 401)"
 
@@ -240,7 +253,7 @@ def test_an_engine_that_hangs_is_given_up_in_time(unit: Unit, hanging: str) -> N
 
     began = time.monotonic()
     try:
-        with serving({**engine(), hanging: hang}) as server:
+        with Service({**engine(), hanging: hang}) as server:
             said = gave_up(unit, unit.wait_ready("--completion", server.url, timeout=2))
             released.set()
     finally:
@@ -296,11 +309,11 @@ def test_a_flag_that_the_engine_refuses_is_told(unit: Unit) -> None:
 
 def test_errors_that_do_not_end_the_start_are_waited_out(unit: Unit) -> None:
     unit.says("(APIServer pid=1480) ERROR 11-20 08:09:40 [registry.py:12] ImportError: no optional extra\n")
-    with serving(engine()) as server:
+    with Service(engine()) as server:
         assert ended(unit.wait_ready("--completion", server.url)) == (0, "")
     assert is_alive(unit)
 
 
 def test_the_key_is_never_said(unit: Unit) -> None:
-    with serving(engine(models=as_json(401, {"error": KEY}))) as server:
+    with Service(engine(models=as_json(401, {"error": KEY}))) as server:
         assert KEY not in gave_up(unit, unit.wait_ready("--completion", server.url, timeout=1))
