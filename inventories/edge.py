@@ -1,4 +1,4 @@
-"""An example fleet in rings: the canary first, then the others (docs/fleet.md)."""
+"""An example fleet: one canary, then the others; all in one run, side by side. Health-gated rings are yet to come."""
 
 canary = [
     ("edge-01", {"ssh_hostname": "192.0.2.21"}),

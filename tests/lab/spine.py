@@ -47,7 +47,9 @@ class Ended:
 class Deploy:
     """`pyinfra inventories/lab.py deploy.py -y --limit HOST` in a process group of its own, as a terminal has it."""
 
-    def __init__(self, host: str, *words: str, inventory: str = INVENTORY) -> None:
+    def __init__(
+        self, host: str, *words: str, inventory: str = INVENTORY, environment: dict[str, str] | None = None
+    ) -> None:
         # Files, not pipes: nobody has to read along for the run to go on.
         self._stdout = tempfile.NamedTemporaryFile("w")  # noqa: SIM115
         self._stderr = tempfile.NamedTemporaryFile("w")  # noqa: SIM115
@@ -55,7 +57,7 @@ class Deploy:
         self._process = subprocess.Popen(
             [*PYINFRA, inventory, "deploy.py", "-y", "--json", "--limit", host, *words],
             cwd=REPOSITORY,
-            env={**os.environ, "LLMHOST_LAB": state.prefix_of(host)},
+            env={**os.environ, "LLMHOST_LAB": state.prefix_of(host), **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=self._stdout,
             stderr=self._stderr,
@@ -93,9 +95,15 @@ class Deploy:
         return Ended(code, self.output, time.monotonic() - self._began, results)
 
 
-def deploy(host: str, *words: str, inventory: str = INVENTORY, timeout_seconds: float = 400) -> Ended:
+def deploy(
+    host: str,
+    *words: str,
+    inventory: str = INVENTORY,
+    environment: dict[str, str] | None = None,
+    timeout_seconds: float = 400,
+) -> Ended:
     """Deploy one host to the end."""
-    run = Deploy(host, *words, inventory=inventory)
+    run = Deploy(host, *words, inventory=inventory, environment=environment)
     try:
         return run.end(timeout_seconds)
     except BaseException:
@@ -110,7 +118,7 @@ def command(
     return subprocess.run(
         words,
         cwd=cwd,
-        env={**os.environ, "LLMHOST_LAB": prefix, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "LLMHOST_LAB": prefix},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -132,6 +140,18 @@ def wait_until(what: str, holds: Callable[[], object], timeout_seconds: float = 
         assert time.monotonic() - began < timeout_seconds, f"not within {timeout_seconds} s: {what}"
         time.sleep(0.05)
     return time.monotonic() - began
+
+
+def write_inventory(directory: Path, data: dict[str, dict[str, Any]]) -> str:
+    """An inventory of the lab's hosts named, with data of their own; its certificates lie where the lab's lie."""
+    file = directory / "lab.py"
+    file.write_text(
+        "import runpy\n"
+        f"_data = {data!r}\n"
+        f"_lab = dict(runpy.run_path({str(REPOSITORY / INVENTORY)!r})['hosts'])\n"
+        "hosts = [(name, {**_lab[name], **own}) for name, own in _data.items()]\n"
+    )
+    return str(file)
 
 
 # --- the host, seen from outside: no connection, nothing on it disturbed
