@@ -3,8 +3,8 @@
     LLMHOST_LAB=NAME .venv/bin/python bench/second_run.py [RUNS] [PYINFRA OPTIONS]
 
 The lab must hold hosts that were deployed already (python -m lab up; pyinfra inventories/lab.py deploy.py -y). Prints
-each run and the medians; refuses to count a run that changed something. Open WebUI allows 15 sign-ins in 3 minutes and a
-run uses two, so at most 7 runs.
+each run and the medians; refuses to count a run that changed something. Open WebUI allows 15 sign-ins in 3 minutes and
+a run uses two, so at most 7 runs.
 """
 
 from __future__ import annotations

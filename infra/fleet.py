@@ -67,7 +67,9 @@ def look(chosen: list[Host]) -> Iterator[Seen]:
             connect_all(state)
         except PyinfraError:
             pass  # every host failed: each has its own error
-        answers = get_facts(state, HostFacts, apply_failed_hosts=False) if state.active_hosts else {}
+        answers = (
+            get_facts(state, HostFacts, kwargs={"_sudo": False}, apply_failed_hosts=False) if state.active_hosts else {}
+        )
     for host in chosen:
         facts = answers.get(host) or ""
         yield Seen(host, facts, "" if facts else errors.get(host.name, "gave no facts"))
@@ -77,7 +79,7 @@ def look(chosen: list[Host]) -> Iterator[Seen]:
 def plan_hosts(inventory: str, chosen: list[Host], recorded: str | None) -> list[HostPlan]:
     """A plan for each host, from recorded facts where given, else from the hosts themselves.
 
-    A host that cannot be looked at raises Unreachable after the others were planned.
+    A host that cannot be looked at gets a plan that only says so (`unreachable`).
     """
     if recorded is not None:
         return [_plan(inventory, host, recorded) for host in chosen]

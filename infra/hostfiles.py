@@ -20,14 +20,13 @@ from infra.facts import JsonFact
 
 @dataclass(frozen=True)
 class HostFile:
-    """A whole file on the host. `secret` keeps its content out of diffs."""
+    """A whole file on the host. Never a secret's: its content is shown by --diff (secrets: infra/secretfiles.py)."""
 
     path: str
     content: str
     mode: str = "0644"
     owner: str = "root"
     group: str = "root"
-    secret: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ for entry in json.load(sys.stdin):
     part = path + ".llmhost-part"
     if os.path.lexists(part): os.unlink(part)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(entry["content"])
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(entry["content"].encode())
         stream.flush()
         os.fchown(descriptor, owner, group)
         os.fchmod(descriptor, mode)
@@ -114,7 +113,7 @@ def tree(entries: Sequence[Entry]) -> Generator[StringCommand]:
 
 def _look(entries: Sequence[Entry]) -> dict[str, dict[str, str]]:
     with_text = bool(state.config.DIFF)
-    wanted = {entry.path: with_text and isinstance(entry, HostFile) and not entry.secret for entry in entries}
+    wanted = {entry.path: with_text and isinstance(entry, HostFile) for entry in entries}
     return host.get_fact(TreeState, argument=json.dumps(wanted)) or {}
 
 
@@ -134,9 +133,6 @@ def _announce(entry: Entry, seen: dict[str, str] | None) -> None:
     verb = "create" if seen is None else "change"
     logger.info(f"{host.print_prefix}{verb} {entry.path} ({entry.mode} {entry.owner}:{entry.group})")
     if not (state.config.DIFF and isinstance(entry, HostFile)):
-        return
-    if entry.secret:
-        logger.info(f"{host.print_prefix}    (secret: no difference shown)")
         return
     old = (seen or {}).get("text", "").splitlines()
     for line in difflib.unified_diff(old, entry.content.splitlines(), entry.path, entry.path, lineterm="", n=1):

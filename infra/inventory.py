@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 def load_settings(host: Host, inventory: str) -> Loaded:
     """The checked settings of a host; raises SettingsError with the file each fault came from."""
-    return load(_layers(host, inventory))
+    return load(_layers(host, _spelled(inventory)))
+
+
+def _spelled(inventory: str) -> str:
+    """The inventory's path from the repository's root, however it was given: it is part of a decision's reason."""
+    path = Path(inventory).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else inventory
 
 
 def _layers(host: Host, inventory: str) -> Iterator[Layer]:

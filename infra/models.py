@@ -39,5 +39,6 @@ def fetched(model: Model, hub: str, python: str) -> Generator[StringCommand]:
     logger.info(f"{host.print_prefix}fetch {size} from {hub}")
     program = "/usr/local/lib/llmhost/fetch-model"
     token = "set -a; . /etc/llmhost/secrets/hub.env; set +a; umask 022;"
-    command = StringCommand(python, program, model.repository, model.revision, model.directory)
+    words = (python, program, model.repository, model.revision, model.directory)
+    command = StringCommand(*map(QuoteString, words))
     yield StringCommand("sh", "-c", QuoteString(StringCommand(token, "exec", command)), _env={"HF_ENDPOINT": hub})

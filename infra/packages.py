@@ -23,6 +23,8 @@ class InstalledPackages(FactBase[list[str]]):
 # another apt (a killed run's, a first boot's unattended upgrade) fetches lists: DPkg::Lock::Timeout has no say there.
 _INSTALL = r"""
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
+# A cloud image may still be configuring its archives and installing at its first boot.
+command -v cloud-init >/dev/null && timeout 300 cloud-init status --wait >/dev/null 2>&1
 deadline=$(($(date +%s) + 300))
 until said=$(apt-get -qq update 2>&1); do
     case $said in *"Could not get lock"*) [ "$(date +%s)" -lt "$deadline" ] && sleep 1 && continue ;; esac

@@ -128,7 +128,9 @@ def _alone(done: str) -> list[str]:
 def _remedy(release: Release, base: BasePlan) -> str:
     index = base.python_index or "the default index"
     torch = f" and {base.torch_index} (mirror_torch_index)" if release.torch_index else ""
-    return f"{release.identity} could not be installed from {index} (mirror_python_index){torch}"
+    builds = f" and Python from {base.python_builds_index or base.python_builds} (mirror_python_builds)"
+    managed = builds if release.python_source == "managed" else ""
+    return f"{release.identity} could not be installed from {index} (mirror_python_index){torch}{managed}"
 
 
 def _explained(script: str, remedy: str, **arguments: Any) -> StringCommand:

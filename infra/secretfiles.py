@@ -7,6 +7,7 @@ from collections.abc import Generator, Mapping
 
 from pyinfra import host, logger
 from pyinfra.api import FactBase, StringCommand, operation
+from pyinfra.api.exceptions import FactProcessError
 
 PROGRAM = "/usr/local/lib/llmhost/secrets"
 
@@ -18,7 +19,19 @@ class SecretChanges(FactBase[list[str]]):
         return f"if [ -x {PROGRAM} ]; then {PROGRAM} check; fi"
 
     def process(self, output: list[str]) -> list[str]:
-        return list(json.loads("\n".join(output))["changes"])
+        try:
+            return list(json.loads("\n".join(output))["changes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise FactProcessError(f"expected the names of secrets from {PROGRAM}: {error!r}") from None
+
+
+class _Hidden(list[str]):
+    """Standard input that does not show itself: pyinfra prints a fact's arguments with -v and --debug."""
+
+    def __repr__(self) -> str:
+        return "[hidden]"
+
+    __str__ = __repr__
 
 
 @operation()
@@ -27,7 +40,7 @@ def present(supplied: Mapping[str, str]) -> Generator[StringCommand]:
 
     + supplied: names and values that win over what the host has
     """
-    stdin = [json.dumps(dict(supplied))]
+    stdin = _Hidden([json.dumps(dict(supplied))])
     changes = host.get_fact(SecretChanges, _stdin=stdin)
     if changes == []:
         host.noop("secrets are in place")

@@ -36,13 +36,18 @@ print(json.dumps(seen))
 """
 
 
-# What failed, in the service's own words: wait-ready's finding, else the last lines of the journal.
+# The unit files are read by systemd's own parser before a service is touched. What failed is said in the service's own
+# words: wait-ready's finding of this start, else the last lines of the journal.
 _START = r"""
+systemd-analyze verify --man=no {units} || exit 1
+systemctl reset-failed {units} 2>/dev/null
+since=$(date +%s)
 if systemctl {verb} {units}; then exit 0; fi
 for unit in {units}; do
     systemctl is-active --quiet "$unit" && continue
-    found=$(journalctl --unit="$unit" --output=cat --lines=200 --no-pager | grep '^wait-ready: ' | tail -n 1)
-    echo "$unit did not start. ${{found:-$(journalctl --unit="$unit" --output=cat --lines=15 --no-pager)}}" >&2
+    said() {{ journalctl --unit="$unit" --since="@$since" --output=cat --no-pager "$@"; }}
+    found=$(said | grep '^wait-ready: ' | head -n 1)
+    echo "$unit did not start. ${{found:-$(said --lines=15)}}" >&2
     echo "The whole story: journalctl --unit=$unit" >&2
 done
 exit 1
@@ -50,51 +55,43 @@ exit 1
 
 
 @operation()
-def running(services: Sequence[Service], enabled: Sequence[str] = ()) -> Generator[StringCommand]:
+def running(services: Sequence[Service], targets: Sequence[str] = ()) -> Generator[StringCommand]:
     """Make these services run from their present inputs, and be enabled.
 
     + services: each restarted only if it does not run, or runs from other inputs
-    + enabled: further units to enable, such as a target
+    + targets: further units to enable and start, that group the services
     """
-    units = {service.unit: service.inputs for service in services} | dict.fromkeys(enabled, ())
+    units = {service.unit: service.inputs for service in services} | dict.fromkeys(targets, ())
     seen = host.get_fact(UnitStates, argument=json.dumps(units)) or {}
-    if any(_of(seen, unit).get("reload") for unit in units):
+    states = {unit: seen.get(unit, {}) for unit in units}
+    if any(state.get("reload") for state in states.values()):
         _announce("read unit files again")
         yield StringCommand("systemctl", "daemon-reload")
-    to_enable = [unit for unit in units if _of(seen, unit).get("enabled") != "enabled"]
+    to_enable = [unit for unit, state in states.items() if state.get("enabled") != "enabled"]
     if to_enable:
         _announce(f"enable {', '.join(to_enable)}")
         yield StringCommand("systemctl", "enable", "--quiet", *map(QuoteString, to_enable))
-    to_start = [service.unit for service in services if _due(_of(seen, service.unit))]
-    if to_start:
-        for unit in to_start:
-            _announce(f"start {unit}: {_why(_of(seen, unit))}")
-        names = " ".join(map(shlex.quote, to_start))
-        # A start that a killed run left going, from these very inputs, is joined and not begun again.
-        verb = "restart" if any(_of(seen, unit).get("stale") for unit in to_start) else "start"
-        yield StringCommand(
-            "systemctl",
-            "reset-failed",
-            names,
-            "2>/dev/null;",
-            "sh",
-            "-c",
-            QuoteString(_START.format(verb=verb, units=names)),
-        )
-    if not (to_enable or to_start):
+    for verb, due in (("restart", _outdated), ("start", _down)):
+        names = [unit for unit, state in states.items() if due(state)]
+        if names:
+            for unit in names:
+                _announce(f"{verb} {unit}: {_why(states[unit])}")
+            yield StringCommand("sh", "-c", QuoteString(_START.format(verb=verb, units=shlex.join(names))))
+    if not to_enable and not any(_outdated(state) or _down(state) for state in states.values()):
         host.noop(f"{', '.join(units)}: as planned")
 
 
-def _of(seen: dict[str, dict[str, Any]], unit: str) -> dict[str, Any]:
-    return seen.get(unit, {})
+def _outdated(state: dict[str, Any]) -> bool:
+    """It runs, or is about to, from other inputs, or from a unit file that systemd has not read yet."""
+    return state.get("active") in ("active", "activating", "reloading") and bool(state["stale"] or state["reload"])
 
 
-def _due(state: dict[str, Any]) -> bool:
-    return state.get("active") != "active" or bool(state.get("stale"))
+def _down(state: dict[str, Any]) -> bool:
+    return state.get("active") != "active" and not _outdated(state)
 
 
 def _why(state: dict[str, Any]) -> str:
-    if state.get("active") == "active":
+    if _outdated(state):
         return "its configuration changed since it started"
     return f"it is {state.get('active') or 'not installed'} ({state.get('sub') or 'new'})"
 

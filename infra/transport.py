@@ -8,7 +8,7 @@ from typing import Any
 import paramiko
 
 # A host that loses its power says no goodbye: without these the run would wait for its answer for ever.
-_KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 6}  # seconds, seconds, probes
+_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6}  # seconds, seconds, probes
 
 
 def nodelay_transport(sock: Any, *args: Any, **kwargs: Any) -> paramiko.Transport:
@@ -20,6 +20,7 @@ def nodelay_transport(sock: Any, *args: Any, **kwargs: Any) -> paramiko.Transpor
     if isinstance(sock, socket.socket):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE.items():
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        for name, value in _KEEPALIVE.items():
+            if hasattr(socket, name):  # not every system that pyinfra runs on has all three
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return paramiko.Transport(sock, *args, **kwargs)

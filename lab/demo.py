@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import re
-import selectors
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import httpx
 
@@ -59,6 +61,7 @@ def main() -> int:
 def demo() -> int:
     step(0)
     install_packages()
+    preflight.require()  # before anything large is fetched
     step(1)
     run([sys.executable, "-m", "lab.mirror", "prepare"])
     step(2)
@@ -124,17 +127,26 @@ def run(command: list[str], **environment: str) -> None:
 
 
 def lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    """Lines as they come, and "..." where none has come for a while."""
     assert process.stdout
-    selector = selectors.DefaultSelector()
-    selector.register(process.stdout, selectors.EVENT_READ)
+    arrived: queue.Queue[str] = queue.Queue()
+    reader = threading.Thread(target=_read_all, args=(process.stdout, arrived), daemon=True)
+    reader.start()
     while True:
-        if not selector.select(timeout=QUIET_SECONDS):
+        try:
+            line = arrived.get(timeout=QUIET_SECONDS)
+        except queue.Empty:
             yield "..."
             continue
-        line = process.stdout.readline()
         if not line:
             return
         yield line.rstrip()
+
+
+def _read_all(stream: IO[str], arrived: queue.Queue[str]) -> None:
+    for line in stream:
+        arrived.put(line)
+    arrived.put("")
 
 
 def interesting(line: str) -> str:

@@ -358,6 +358,14 @@ HOST = (
         remedy="a socket is open to other machines, or one that should be is not: see engine_publish, webui_publish; "
         "worker ports stay on loopback by GLOO_SOCKET_IFNAME=lo in /etc/llmhost/vllm.env",
     ),
+    # Both services are wanted by the target: disabled, it takes them with it at the next boot.
+    Check(
+        "services.llmhost.enabled",
+        "services/llmhost.target/enabled",
+        "enabled",
+        remedy=f"nothing would start with the host: {DEPLOY}",
+    ),
+    Check("services.llmhost.active", "services/llmhost.target/active", "active", remedy=DEPLOY),
 )
 
 

@@ -96,8 +96,8 @@ def settings(markdown: Annotated[bool, typer.Option("--markdown", help="As docs/
 def _read(path: Path) -> str:
     try:
         return path.read_text()
-    except OSError as error:
-        _stop(f"--hardware {path}: {error.strerror}")
+    except (OSError, UnicodeDecodeError) as error:
+        _stop(f"--hardware {path}: {getattr(error, 'strerror', None) or 'it is no text'}")
 
 
 def _stop(message: str) -> NoReturn:

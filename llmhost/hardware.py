@@ -58,6 +58,7 @@ class Installed:
     releases: frozenset[str]
     models: frozenset[str]
     active_units: frozenset[str]
+    foreign_units: frozenset[str]  # units of our names that somebody else wrote
     plan_hash: str
 
 
@@ -184,6 +185,7 @@ def _installed(text: str, plan: str) -> Installed:
         webui_release=named.get("current-open-webui", ""),
         releases=frozenset(value for name, value in lines if name == "release"),
         models=frozenset(value for name, value in lines if name == "model"),
+        foreign_units=frozenset(value for name, value in lines if name == "foreign"),
         active_units=frozenset(name for name, value in lines if value == "active"),
         plan_hash=_plan_hash(plan),
     )

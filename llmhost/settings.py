@@ -57,6 +57,13 @@ def _one_line(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
+def _model(value: str) -> str:
+    # It becomes an argument, a directory and a line of a unit file on the host.
+    if not re.fullmatch(r"/[A-Za-z0-9._/-]*[A-Za-z0-9._-]|([A-Za-z0-9._-]+/)?[A-Za-z0-9._-]+", value) or ".." in value:
+        raise ValueError("expected a catalogue name, owner/name, or an absolute path, of letters, digits and ._-")
+    return value
+
+
 def _revision(value: str) -> str:
     if value and not re.fullmatch(r"[0-9a-f]{40}", value):
         raise ValueError("expected the 40 hexadecimal digits of a commit (a branch or tag can move)")
@@ -82,9 +89,8 @@ class Settings(BaseModel):
         description="What the engine computes on; `auto` takes an NVIDIA GPU where sysfs shows one, else the CPU.",
     )
 
-    model: str = Field(
+    model: Annotated[str, AfterValidator(_model)] = Field(
         "smollm2-135m-instruct",
-        min_length=1,
         description="Catalogue name, hub repository (`owner/name`) or absolute path of a local model directory.",
     )
     model_revision: Annotated[str, AfterValidator(_revision)] = Field(
@@ -109,7 +115,8 @@ class Settings(BaseModel):
         None, description="Requests to serve at once with a full context each; unset lets the planner choose."
     )
     engine_gpu_memory_utilization: Annotated[float, Field(ge=0.1, le=0.98)] | None = Field(
-        None, description="Share of GPU memory the engine may take, 0.1 to 0.98; unset lets the planner choose."
+        None,
+        description="Share of GPU memory the engine may take, 0.1 to 0.98 (NVIDIA hosts); unset: planner's choice.",
     )
     engine_max_num_seqs: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         None, description="vLLM's `--max-num-seqs`, set by hand; unset lets the planner choose."
@@ -144,17 +151,18 @@ class Settings(BaseModel):
         "https://download.pytorch.org/whl/cpu", description="Index that holds PyTorch's CPU wheels."
     )
     mirror_python_builds: Url = Field(
-        "", description="Where uv finds its Python builds (UV_PYTHON_INSTALL_MIRROR); empty is uv's own default."
+        "https://github.com/astral-sh/python-build-standalone/releases/download",
+        description="Where uv fetches Python builds on hosts whose own Python is another version.",
     )
     mirror_python_builds_index: Url = Field(
-        "", description="uv's list of Python builds (UV_PYTHON_DOWNLOADS_JSON_URL); empty is uv's built-in list."
+        "", description="uv's list of Python builds (UV_PYTHON_DOWNLOADS_JSON_URL); empty is the list built into uv."
     )
 
     driver_branch: Annotated[Literal["580", "595", "615"], BeforeValidator(_text)] = Field(
-        "580", description="NVIDIA driver branch."
+        "580", description="NVIDIA driver branch (NVIDIA hosts)."
     )
     reboot_allowed: Literal["auto", "never"] = Field(
-        "auto", description="Whether a host may be rebooted once when its driver needs it."
+        "auto", description="Whether a host may be rebooted once when its driver needs it (NVIDIA hosts)."
     )
 
 
@@ -245,7 +253,8 @@ _MARKDOWN_HEAD = (
     "# Settings",
     "",
     "Set them in `group_data/all.py`, `group_data/<group>.py`, a host's data in the inventory, or `--data name=value`;",
-    "the last of these wins. Secrets belong in an inventory that is not committed, or in the environment it reads.",
+    "the last of these wins. A secret is best read by the inventory from the environment (`os.environ`): not",
+    "committed, not in arguments, and not in group data, which pyinfra's `--debug` prints.",
     "",
     "| setting | type and range | default | meaning |",
     "|---|---|---|---|",

@@ -68,6 +68,8 @@ installed() { # what an earlier run of llmhost left
     done
     for unit in vllm.service open-webui.service; do
         echo "$unit=$(systemctl is-active "$unit")"
+        file=$(systemctl show "$unit" --property=FragmentPath --value)
+        [ -n "$file" ] && ! head -n 1 "$file" | grep -q '^# llmhost: ' && echo "foreign=$unit"
     done
 }
 

@@ -1,7 +1,7 @@
 # llmhost: runtime/require_key.py - written by pyinfra, changes here are overwritten.
 """The key on every path of the engine, not only on /v1.
 
-vLLM asks for its key below /v1, /v2, /inference and /cohere only (0.32.0, vllm/entrypoints/serve/middleware/authenticate.py);
+vLLM asks for its key below /v1, /v2, /inference, /cohere only (0.32.0, entrypoints/serve/middleware/authenticate.py);
 /invocations serves full inference, and /metrics, /load, /tokenize tell about it, without. vllm.yaml names this class.
 """
 

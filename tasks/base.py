@@ -43,7 +43,7 @@ def _directories() -> list[HostDirectory]:
         HostDirectory("/opt/llmhost/releases"),
         HostDirectory("/usr/local/lib/llmhost"),
         HostDirectory("/usr/local/lib/llmhost/python"),
-        HostDirectory("/var/lib/llmhost", owner="llmhost", group="llmhost"),
+        HostDirectory("/var/lib/llmhost"),
         HostDirectory("/var/lib/llmhost/cache", "0750", "llmhost", "llmhost"),
         HostDirectory("/var/lib/llmhost/models"),
         HostDirectory("/var/lib/llmhost/webui", "0700", "llmhost", "llmhost"),

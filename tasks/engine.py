@@ -25,5 +25,5 @@ def engine(plan: HostPlan) -> None:
             HostFile("/etc/systemd/system/llmhost.target", render("/etc/systemd/system/llmhost.target")),
         ],
     )
-    running(name="vllm.service", services=[planned.service], enabled=["llmhost.target"])
+    running(name="vllm.service", services=[planned.service])
     files.link(name="current release of vllm", path=planned.release.current, target=planned.release.path)

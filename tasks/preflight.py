@@ -22,7 +22,8 @@ def preflight() -> HostPlan:
     """The host's plan; a refused host takes no further part in the run."""
     try:
         loaded = load_settings(host, inventory_argument())
-        seen = hardware(host.get_fact(HostFacts))
+        # As whoever logs in, whatever --sudo says: only then is it seen who that is.
+        seen = hardware(host.get_fact(HostFacts, _sudo=False))
     except SettingsError as error:
         refuse(error.problems)
         return HostPlan(host.name, (), error.problems)

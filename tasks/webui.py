@@ -27,7 +27,7 @@ def open_webui(plan: HostPlan) -> None:
             ),
         ],
     )
-    running(name="open-webui.service", services=[planned.service])
+    running(name="open-webui.service and llmhost.target", services=[planned.service], targets=["llmhost.target"])
     files.link(name="current release of open-webui", path=planned.release.current, target=planned.release.path)
 
 

@@ -140,7 +140,14 @@ def _hub_model(settings: Settings, notes: Notes) -> Model | None:
     return _unknown_model(settings.model, settings.model_revision, _directory(settings.model, settings.model_revision))
 
 
-def _local_model(settings: Settings, notes: Notes) -> Model:
+def _local_model(settings: Settings, notes: Notes) -> Model | None:
+    if settings.model.startswith(("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")):
+        notes.refuse(
+            "model",
+            f"{settings.model} lies where the engine, being confined, does not see it",
+            "Move it to another place, such as /srv/models or /var/lib/llmhost/models",
+        )
+        return None
     notes.decide(
         "model", "model", settings.model, "a directory on the host: nothing is fetched, its fit is not computed"
     )
@@ -176,10 +183,12 @@ def _cpu_engine(
             "Use a host whose CPU has AVX2 (Intel Haswell, AMD Zen or newer)",
         )
     entry = _entry(model.repository) if model.repository else None
-    cache = _known_cache(settings, hardware, entry, notes) if entry else _unknown_cache(settings, notes)
+    cache = _known_cache(settings, hardware, entry, notes) if entry else _unknown_cache(settings, hardware, notes)
     if cache is None:
         return None
     sequences = _sequences(settings, notes)
+    if settings.engine_gpu_memory_utilization:
+        notes.decide("engine", "engine_gpu_memory_utilization", None, "set, but without effect on a CPU host")
     address = _address(settings, notes)
     port = notes.decide("engine", "engine_port", settings.engine_port, notes.given("engine_port"))
     key = notes.given("engine_api_key") if settings.engine_api_key else "generated on the host at the first run"
@@ -221,7 +230,7 @@ class Cache:
 
 
 def _known_cache(settings: Settings, hardware: Hardware, entry: ModelEntry, notes: Notes) -> Cache | None:
-    budget = hardware.memory_bytes - NEIGHBOURS_BYTES - ENGINE_OVERHEAD_BYTES - entry.weights_bytes
+    budget = _usable(hardware) - NEIGHBOURS_BYTES - ENGINE_OVERHEAD_BYTES - entry.weights_bytes
     native, wish = entry.context_tokens, settings.engine_context_tokens
     if wish and wish > native:
         notes.refuse(
@@ -239,9 +248,7 @@ def _known_cache(settings: Settings, hardware: Hardware, entry: ModelEntry, note
         "engine",
         "engine_context_tokens",
         wish or min(native, most),
-        notes.given("engine_context_tokens")
-        if wish
-        else f"the least of {native} (trained) and {most} (fits in memory)",
+        notes.given("engine_context_tokens") if wish else _context_reason(native, most),
     )
     profile = CPU_PROFILES[settings.tuning_profile]
     contexts = settings.engine_concurrency or profile.contexts
@@ -253,6 +260,9 @@ def _known_cache(settings: Settings, hardware: Hardware, entry: ModelEntry, note
             notes.given("engine_concurrency") if settings.engine_concurrency else f"profile {settings.tuning_profile}"
         )
         reason = f"{contexts} contexts of {context} tokens at {entry.kv_bytes_per_token} bytes a token ({asked})"
+    if wanted < context * entry.kv_bytes_per_token:
+        _refuse_small_cache(context, entry, wanted, notes)
+        return None
     if wanted > budget and (settings.engine_kv_cache_gib or settings.engine_concurrency):
         _refuse_cache(settings, budget, wanted, notes)
         return None
@@ -262,12 +272,21 @@ def _known_cache(settings: Settings, hardware: Hardware, entry: ModelEntry, note
     return Cache(size, blocks * CPU_BLOCK_TOKENS, context)
 
 
+def _usable(hardware: Hardware) -> int:
+    """Memory to plan with, in quarters of a GiB: MemTotal moves with each kernel by a few MiB, a plan must not."""
+    return hardware.memory_bytes // (256 * MIB) * (256 * MIB)
+
+
+def _context_reason(native: int, most: int) -> str:
+    return "the model's own" if native <= most else f"of the {native} it was trained on, what memory holds"
+
+
 def _refuse_for_memory(hardware: Hardware, entry: ModelEntry, context: int, notes: Notes) -> None:
     fixed = NEIGHBOURS_BYTES + ENGINE_OVERHEAD_BYTES
     cache = context * entry.kv_bytes_per_token
     needed = fixed + entry.weights_bytes + cache
-    has = hardware.memory_bytes
-    fitting = [m.name for m in models().values() if _least_bytes(m) <= hardware.memory_bytes]
+    has = _usable(hardware)
+    fitting = [m.name for m in models().values() if _least_bytes(m) <= _usable(hardware)]
     notes.refuse(
         "model",
         f"{entry.name} needs {needed / GIB:.1f} GiB of memory ({entry.weights_bytes / GIB:.1f} weights, "
@@ -282,6 +301,15 @@ def _least_bytes(entry: ModelEntry) -> int:
     return NEIGHBOURS_BYTES + ENGINE_OVERHEAD_BYTES + entry.weights_bytes + cache
 
 
+def _refuse_small_cache(context: int, entry: ModelEntry, wanted: int, notes: Notes) -> None:
+    needed = context * entry.kv_bytes_per_token
+    notes.refuse(
+        "engine_kv_cache_gib",
+        f"{wanted / GIB:.3f} GiB hold less than one context of {context} tokens, which takes {needed / GIB:.3f} GiB",
+        "Raise engine_kv_cache_gib, or lower engine_context_tokens",
+    )
+
+
 def _refuse_cache(settings: Settings, budget: int, wanted: int, notes: Notes) -> None:
     name = "engine_kv_cache_gib" if settings.engine_kv_cache_gib else "engine_concurrency"
     notes.refuse(
@@ -291,8 +319,12 @@ def _refuse_cache(settings: Settings, budget: int, wanted: int, notes: Notes) ->
     )
 
 
-def _unknown_cache(settings: Settings, notes: Notes) -> Cache:
+def _unknown_cache(settings: Settings, hardware: Hardware, notes: Notes) -> Cache | None:
     gib = settings.engine_kv_cache_gib or 1.0
+    budget = _usable(hardware) - NEIGHBOURS_BYTES - ENGINE_OVERHEAD_BYTES
+    if gib * GIB > budget:
+        _refuse_cache(settings, budget, int(gib * GIB), notes)
+        return None
     reason = (
         notes.given("engine_kv_cache_gib") if settings.engine_kv_cache_gib else "1 GiB: the model's shape is unknown"
     )
@@ -338,7 +370,7 @@ def _environment(release: Release) -> dict[str, str]:
     return {
         "PATH": f"{release.path}/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "PYTHONPATH": MIDDLEWARE,
-        "HOME": "/var/lib/llmhost",
+        "HOME": "/var/lib/llmhost/cache",
         "HF_HOME": "/var/lib/llmhost/cache/huggingface",
         "VLLM_CACHE_ROOT": "/var/lib/llmhost/cache/vllm",
         # Weights lie on the disk, verified: nothing is fetched at run time.

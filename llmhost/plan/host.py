@@ -21,9 +21,9 @@ SUPPORTED = {
     ("debian", "13"): "Debian 13",
 }
 MACHINES = ("x86_64", "aarch64")
-# Beyond this TLS certificates and apt's signatures start to be refused as not yet valid.
-MOST_CLOCK_OFFSET_SECONDS = 300
-OWN_UNITS = ("vllm.service", "open-webui.service")
+# Acceptance allows no more (llmhost/checks.py); far beyond it certificates and apt's signatures are refused.
+MOST_CLOCK_OFFSET_SECONDS = 60
+OWN_UNITS = frozenset({"vllm.service", "open-webui.service"})
 
 # What every host gets from its distribution; locks/index.toml adds what their wheels need.
 PACKAGES = ("ca-certificates", "iproute2", "python3", "python3-venv")
@@ -33,13 +33,14 @@ def plan(loaded: Loaded, hardware: Hardware, host: str) -> HostPlan:
     """Every decision for `host` with its reason, or the problems for which it is refused."""
     settings, notes = loaded.settings, Notes(loaded)
     _check_system(hardware, notes)
+    _check_units(hardware, notes)
     _check_ports(settings, hardware, notes)
     engine = plan_engine(settings, hardware, notes)
     webui = _webui(settings, hardware, engine, notes)
     base = _base(settings, engine, webui, notes)
     if engine and webui:
         _check_disks(hardware, engine, webui, notes)
-    return HostPlan(host, tuple(notes.decisions), tuple(notes.problems), base, None, engine, webui)
+    return HostPlan(host, tuple(notes.decisions), tuple(notes.problems), base, {}, engine, webui)
 
 
 def _check_system(hardware: Hardware, notes: Notes) -> None:
@@ -71,13 +72,22 @@ def _check_system(hardware: Hardware, notes: Notes) -> None:
         )
 
 
+def _check_units(hardware: Hardware, notes: Notes) -> None:
+    for unit in sorted(hardware.installed.foreign_units):
+        notes.refuse(
+            unit,
+            f"the host has a {unit} that llmhost did not write",
+            f"Remove it if it is no longer wanted: systemctl disable --now {unit}, then delete its file",
+        )
+
+
 def _check_ports(settings: Settings, hardware: Hardware, notes: Notes) -> None:
     if settings.engine_port == settings.webui_port:
         notes.refuse("webui_port", f"engine_port is {settings.engine_port} too", "Give each its own port")
     for name in ("engine_port", "webui_port"):
         port = getattr(settings, name)
         for holder in hardware.listeners:
-            if holder.port == port and holder.unit not in OWN_UNITS:
+            if holder.port == port and holder.unit not in OWN_UNITS - hardware.installed.foreign_units:
                 notes.refuse(
                     name,
                     f"port {port} is taken by {holder.process} (process {holder.pid}, unit {holder.unit}) "
@@ -102,7 +112,7 @@ def _base(settings: Settings, engine: EnginePlan | None, webui: WebuiPlan | None
     needed = {package for release in releases for package in _os_packages(release)}
     packages = tuple(sorted({*PACKAGES, *needed}))
     notes.decide("base", "packages", " ".join(packages), "Python, and the libraries that the locked wheels load")
-    for name in ("mirror_hub", "mirror_python_index", "mirror_torch_index"):
+    for name in (name for name in Settings.model_fields if name.startswith("mirror_")):
         value = getattr(settings, name)
         if value != Settings.model_fields[name].default:
             notes.decide("base", name, value, notes.given(name))
@@ -154,8 +164,12 @@ def downloads(plan: HostPlan, hardware: Hardware) -> dict[str, str]:
         return {}
     base, model = plan.base, plan.engine.model
     missing = [p.release for p in (plan.engine, plan.webui) if p.release.identity not in hardware.installed.releases]
+    builds = "mirror_python_builds_index" if base.python_builds_index else "mirror_python_builds"
+    managed = any(release.python_source == "managed" for release in missing)
     needed = {
+        # Unset it is uv's own default, which only uv knows: if that cannot be reached, uv says so when it is used.
         "mirror_python_index": base.python_index if missing else "",
+        builds: (base.python_builds_index or base.python_builds) if managed else "",
         "mirror_torch_index": base.torch_index if any(release.torch_index for release in missing) else "",
         "mirror_hub": base.hub if model.repository and model.directory not in hardware.installed.models else "",
     }

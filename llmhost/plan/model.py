@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Scalar = str | int | float | bool | None
@@ -134,7 +134,7 @@ class HostPlan:
     decisions: tuple[Decision, ...]
     problems: tuple[Problem, ...]
     base: BasePlan | None = None
-    driver: dict[str, Any] | None = None
+    driver: dict[str, Any] = field(default_factory=dict)  # empty where no driver is wanted
     engine: EnginePlan | None = None
     webui: WebuiPlan | None = None
 
@@ -150,4 +150,6 @@ class HostPlan:
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON values: the contract of `llmhost plan --json` and of plan.json (docs/contracts.md)."""
-        return {**dataclasses.asdict(self), "hash": self.hash}
+        # By way of JSON, so that it equals what is read from plan.json: JSON has no tuples.
+        plan: dict[str, Any] = json.loads(json.dumps({**dataclasses.asdict(self), "hash": self.hash}))
+        return plan

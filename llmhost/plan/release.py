@@ -11,11 +11,22 @@ from llmhost.plan.notes import Notes
 
 RELEASES = "/opt/llmhost/releases"
 
+# The python3 of each distribution. Not what is found: a bare host may have none yet, and an administrator may add one;
+# neither may change what a release is.
+SYSTEM_PYTHONS = {
+    ("debian", "12"): "3.11",
+    ("debian", "13"): "3.13",
+    ("ubuntu", "22.04"): "3.10",
+    ("ubuntu", "24.04"): "3.12",
+    ("ubuntu", "26.04"): "3.14",
+}
+
 
 def plan_release(lock: LockEntry, hardware: Hardware, current: str, notes: Notes) -> Release:
     """One immutable installation; refuses machines without wheels."""
     _check_machine(lock, hardware, notes)
-    source = "system" if lock.python in hardware.pythons else "managed"
+    own = SYSTEM_PYTHONS.get((hardware.os_id, hardware.os_version))
+    source = "system" if lock.python == own else "managed"
     notes.decide("python", f"{lock.package}_python", f"{lock.python} ({source})", _python_reason(lock, source))
     identity = f"{lock.package}-{lock.version}-{_digest(lock.sha256, lock.python, source, lock.alias)}"
     return Release(
@@ -51,7 +62,7 @@ def _check_machine(lock: LockEntry, hardware: Hardware, notes: Notes) -> None:
 
 def _python_reason(lock: LockEntry, source: str) -> str:
     wanted = f"{lock.path} is locked for Python {lock.python}"
-    return f"{wanted}, which the host has" if source == "system" else f"{wanted}, which uv fetches: the host lacks it"
+    return f"{wanted}, the distribution's own" if source == "system" else f"{wanted}; the distribution's own is another"
 
 
 def _digest(*parts: str) -> str:

@@ -280,7 +280,8 @@ class HostFiles:
         )
         (self.root / "vllm.yaml").write_text("max-model-len: 8192\n")
         self.programs.mkdir()
-        states = "\n\n".join(unit_state(unit, self.restarts) for unit in ("vllm.service", "open-webui.service"))
+        units = ("vllm.service", "open-webui.service", "llmhost.target")
+        states = "\n\n".join(unit_state(unit, self.restarts) for unit in units)
         self.program("systemctl", {"show": states, "cat": self.unit_files})
         self.program("journalctl", {"--boot": self.journal})
         return self
@@ -360,7 +361,10 @@ def healthy_evidence() -> dict[str, Any]:
     return {
         "probe": {"clock_seconds": now, "looked_between": [now - 0.5, now + 2.0], "seconds": 1.4},
         "plan": {"document": plan},
-        "services": {"vllm.service": unit, "open-webui.service": copy.deepcopy(unit), "seconds": 0.02},
+        "services": {
+            **{name: copy.deepcopy(unit) for name in ("vllm.service", "open-webui.service", "llmhost.target")},
+            "seconds": 0.02,
+        },
         "processes": {"vllm.service": running("engine"), "open-webui.service": running("webui"), "seconds": 0.1},
         "releases": {"engine": installed("engine"), "webui": installed("webui"), "seconds": 0.01},
         "secrets": {

@@ -78,6 +78,8 @@ WRONG: list[tuple[str, Change]] = [
     ("engine.version", put("engine/version/version", "0.31.0")),
     ("engine.models", put("engine/models/ids", ["another"])),
     ("engine.models", put("engine/models", {"status": 401, "seconds": 0.1})),
+    ("services.llmhost.enabled", put("services/llmhost.target/enabled", "disabled")),
+    ("services.llmhost.active", put("services/llmhost.target/active", "inactive")),
     ("engine.key_required", put("engine/models_without_key/status", 200)),
     ("engine.invocation_key_required", put("engine/invocation_without_key/status", 200)),
     ("engine.metrics_key_required", put("engine/metrics_without_key/status", 200)),

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +46,16 @@ max seq len (8192), 0.35 GiB KV cache is needed, which is larger than the availa
 (APIServer pid=1480) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
 """
 CAUSE = "ValueError: To serve at least one request with the model's max seq len (8192), 0.35 GiB KV cache is needed"
+# One error in two tracebacks: the second says more.
+RAISED_AGAIN = """\
+(APIServer pid=1480) Traceback (most recent call last):
+(APIServer pid=1480) json.decoder.JSONDecodeError: Expecting value: line 1 column 1 (char 0)
+(APIServer pid=1480)
+(APIServer pid=1480) During handling of the above exception, another exception occurred:
+(APIServer pid=1480)
+(APIServer pid=1480) Traceback (most recent call last):
+(APIServer pid=1480) OSError: It looks like the config file at '/m/config.json' is not a valid JSON file.
+"""
 WRONG_FLAG = """\
 usage: vllm serve [model_tag] [options]
 vllm serve: error: argument --max-num-seqs: invalid int value: 'many'
@@ -82,18 +94,35 @@ class Unit:
 
 
 @pytest.fixture
-def unit(tmp_path: Path) -> Iterator[Unit]:
-    stand_in = tmp_path / "journalctl"
-    # Only for the right invocation: the journal of an earlier start holds an earlier error.
-    stand_in.write_text(
-        f'#!/bin/sh\ncase "$*" in *_SYSTEMD_INVOCATION_ID=9ec6f7c1*) cat {tmp_path}/journal 2>/dev/null ;; esac\n'
-    )
-    stand_in.chmod(0o755)
-    started = Unit(tmp_path, subprocess.Popen(["sleep", "600"]))
-    yield started
-    for process in (started.main, *started.waits):
-        process.kill()
-        process.wait()
+def new_unit(tmp_path: Path) -> Iterator[Callable[[], Unit]]:
+    made: list[Unit] = []
+
+    def start() -> Unit:
+        directory = tmp_path / str(len(made))
+        directory.mkdir()
+        stand_in = directory / "journalctl"
+        # Only for the right invocation: the journal of an earlier start holds an earlier error.
+        only = "*_SYSTEMD_INVOCATION_ID=9ec6f7c1*"
+        stand_in.write_text(f'#!/bin/sh\ncase "$*" in {only}) cat {directory}/journal 2>/dev/null ;; esac\n')
+        stand_in.chmod(0o755)
+        made.append(Unit(directory, subprocess.Popen(["sleep", "600"])))
+        return made[-1]
+
+    yield start
+    for unit in made:
+        for wait in unit.waits:
+            end(wait)
+        end(unit.main)
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def unit(new_unit: Callable[[], Unit]) -> Unit:
+    return new_unit()
 
 
 def ended(wait: subprocess.Popen[str]) -> tuple[int, str]:
@@ -130,6 +159,10 @@ class Service(Served):
         ThreadingHTTPServer.__init__(self, ("127.0.0.1", port), Handler)
         self.routes, self.unknown = routes, always(Answer(404, b""))
         self.requests = []
+
+    def __enter__(self) -> Service:
+        super().__enter__()
+        return self
 
     @property
     def url(self) -> str:
@@ -179,44 +212,48 @@ def test_a_service_that_comes_later_is_waited_for(unit: Unit) -> None:
 # --- not ready --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        Answer(200, b"<!doctype html><html>the page</html>", "text/html"),
-        Answer(200, b""),
-        as_json(503, {"status": False}),
-    ],
-    ids=["page", "empty", "503"],
-)
-def test_only_a_json_200_is_ready(unit: Unit, answer: Answer) -> None:
-    with Service({"GET /ready": always(answer)}) as server:
-        assert "not ready after 1 s" in gave_up(unit, unit.wait_ready(f"{server.url}/ready", timeout=1))
+def given_up(new_unit: Callable[[], Unit], services: dict[str, dict[str, Route]], *arguments: str) -> None:
+    """Each of these services is waited for one second, all at once, and is not ready."""
+    path = "" if arguments else "/ready"
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(Service(routes)) for name, routes in services.items()}
+        units = {name: new_unit() for name in servers}
+        waits = {
+            name: units[name].wait_ready(*arguments, server.url + path, timeout=1) for name, server in servers.items()
+        }
+        said = {name: gave_up(units[name], wait) for name, wait in waits.items()}
+        assert {name: text for name, text in said.items() if not text.startswith("not ready after 1 s")} == {}
+        assert all(server.requests for server in servers.values())
 
 
-@pytest.mark.parametrize(
-    "completion",
-    [
-        as_json(500, {"error": {"message": "EngineDeadError"}}),
-        as_json(200, {"choices": [], "usage": {"completion_tokens": 0}}),
-        as_json(200, {"choices": []}),
-        as_json(200, {"usage": None}),
-        as_json(200, None),
-        Answer(200, b"ok", "text/plain"),
-    ],
-    ids=["500", "no token", "no usage", "usage null", "null", "no JSON"],
-)
-def test_health_without_a_completion_is_not_ready(unit: Unit, completion: Answer) -> None:
-    with Service(engine(completion=completion)) as server:
-        assert "not ready after 1 s" in gave_up(unit, unit.wait_ready("--completion", server.url, timeout=1))
-        assert any(place == "POST /v1/completions" for place, _ in server.requests)
+def test_only_a_json_200_is_ready(new_unit: Callable[[], Unit]) -> None:
+    answers = {
+        "page": Answer(200, b"<!doctype html><html>the page</html>", "text/html"),
+        "empty": Answer(200, b""),
+        "503": as_json(503, {"status": False}),
+    }
+    given_up(new_unit, {name: {"GET /ready": always(answer)} for name, answer in answers.items()})
 
 
-@pytest.mark.parametrize(
-    "models", [as_json(200, {"data": []}), as_json(200, []), as_json(401, {"error": "Unauthorized"})]
-)
-def test_an_engine_without_a_model_is_not_ready(unit: Unit, models: Answer) -> None:
-    with Service(engine(models=models)) as server:
-        assert "not ready after 1 s" in gave_up(unit, unit.wait_ready("--completion", server.url, timeout=1))
+def test_health_without_a_completion_is_not_ready(new_unit: Callable[[], Unit]) -> None:
+    completions = {
+        "500": as_json(500, {"error": {"message": "EngineDeadError"}}),
+        "no token": as_json(200, {"choices": [], "usage": {"completion_tokens": 0}}),
+        "no usage": as_json(200, {"choices": []}),
+        "usage null": as_json(200, {"usage": None}),
+        "null": as_json(200, None),
+        "no JSON": Answer(200, b"ok", "text/plain"),
+    }
+    given_up(new_unit, {name: engine(completion=answer) for name, answer in completions.items()}, "--completion")
+
+
+def test_an_engine_without_a_model_is_not_ready(new_unit: Callable[[], Unit]) -> None:
+    models = {
+        "none": as_json(200, {"data": []}),
+        "a list": as_json(200, []),
+        "401": as_json(401, {"error": "Unauthorized"}),
+    }
+    given_up(new_unit, {name: engine(models=answer) for name, answer in models.items()}, "--completion")
 
 
 def test_the_last_answer_is_told(unit: Unit) -> None:
@@ -299,6 +336,13 @@ def test_a_failure_in_the_middle_of_the_wait_is_noticed(unit: Unit) -> None:
         wait.wait(timeout=0.6)
     unit.says(FAILED_START)
     assert CAUSE in gave_up(unit, wait)
+
+
+def test_an_error_raised_again_is_told_in_the_last_words(unit: Unit) -> None:
+    unit.says(RAISED_AGAIN)
+    unit.main.terminate()
+    said = gave_up(unit, unit.wait_ready("--completion", f"http://127.0.0.1:{free_port()}"))
+    assert said.endswith(": OSError: It looks like the config file at '/m/config.json' is not a valid JSON file.")
 
 
 def test_a_flag_that_the_engine_refuses_is_told(unit: Unit) -> None:
