@@ -52,8 +52,8 @@ def _key(value: SecretStr | None) -> SecretStr | None:
 
 
 def _one_line(value: SecretStr | None) -> SecretStr | None:
-    if value is not None and not re.fullmatch(r"[A-Za-z0-9._~+/=:@%^,-]+", value.get_secret_value()):
-        raise ValueError("expected only letters, digits and ._~+/=:@%^,- (it is written to an environment file)")
+    if value is not None and not re.fullmatch(r"[A-Za-z0-9._+/=:@%^,-]+", value.get_secret_value()):
+        raise ValueError("expected only letters, digits and ._+/=:@%^,- (it is written to an environment file)")
     return value
 
 

@@ -17,9 +17,19 @@ from llmhost.settings import Loaded, SettingsError, supplied_secrets
 
 _OTHER_MIRROR = "Open the way (proxy, firewall, name server), or set it to a mirror that the host reaches"
 
+_PASSWORD = Problem(
+    "ssh_password",
+    "the inventory or the command line",
+    "acceptance connects with OpenSSH, which takes no password from here",
+    "Use a key: ssh-copy-id, then ssh_key or the agent",
+)
+
 
 def preflight() -> HostPlan:
     """The host's plan; a refused host takes no further part in the run."""
+    if host.data.get("ssh_password"):
+        refuse([_PASSWORD])
+        return HostPlan(host.name, (), (_PASSWORD,))
     try:
         loaded = load_settings(host, inventory_argument())
         # As whoever logs in, whatever --sudo says: only then is it seen who that is.

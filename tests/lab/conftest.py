@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
-from spine import certificate_path, deploy
 
 from lab import LabError, hosts, life, preflight, state
-
-NewHost = Callable[[str, str], str]
+from tests.lab.spine import NewHost, certificate_path, deploy
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +22,9 @@ def new_host() -> Iterator[NewHost]:
 
     def fresh(label: str, system: str = "debian-12") -> str:
         name = state.host_name(prefix, label)
-        lab = state.load(prefix)
-        for host in [host for host in lab.hosts if host.name == name] if lab else []:
-            hosts.remove(lab, host)
+        if lab := state.load(prefix):
+            for host in [host for host in lab.hosts if host.name == name]:
+                hosts.remove(lab, host)
         life.up(life.requests([f"{label}={system}"], 1), prefix, life.Options())
         made.append(name)
         return name
@@ -41,7 +39,7 @@ def new_host() -> Iterator[NewHost]:
 
 
 @pytest.fixture(scope="session")
-def first(new_host: NewHost) -> Iterator[str]:
+def first(new_host: NewHost) -> str:
     """The host that tests/lab/test_resume.py takes from bare to converged, and tests/lab/test_spine.py goes on with."""
     return new_host("a", "debian-12")
 

@@ -24,6 +24,8 @@ PYINFRA = [sys.executable, "-m", "pyinfra"]
 LLMHOST = [sys.executable, "-c", "from llmhost.cli import app; app()"]
 INVENTORY = "inventories/lab.py"
 
+NewHost = Callable[[str, str], str]  # of a label and an operating system: see conftest.py
+
 
 @dataclass(frozen=True)
 class Ended:

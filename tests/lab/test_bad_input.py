@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import spine
-from conftest import NewHost
 
 from lab import state
+from tests.lab import spine
+from tests.lab.spine import NewHost
 
 pytestmark = pytest.mark.lab
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import spine
-from spine import Deploy
 
 from lab import faults
+from tests.lab import spine
+from tests.lab.spine import Deploy
 
 pytestmark = pytest.mark.lab
 

@@ -19,11 +19,10 @@ from typing import Any
 
 import httpx
 import pytest
-import spine
-from conftest import NewHost
-from spine import Deploy
 
 from lab import life, state
+from tests.lab import spine
+from tests.lab.spine import Deploy, NewHost
 
 pytestmark = pytest.mark.lab
 
@@ -119,8 +118,8 @@ def open_ports(address: str) -> list[int]:
     return sorted(found)
 
 
-def test_another_user_with_sudo_finds_nothing_to_change(host: str, tmp_path: Path) -> None:
-    ended = spine.deploy(host, inventory=spine.write_inventory(tmp_path, {host: {"ssh_user": "admin"}}))
+def test_another_user_with_sudo_finds_nothing_to_change(host: str) -> None:
+    ended = spine.deploy(host, "--data", "ssh_user=admin")
     assert ended.code == 0, ended.output
     assert ended.changed == []
 
@@ -217,12 +216,14 @@ def test_a_model_with_a_wrong_checksum_is_not_used(host: str) -> None:
 
 def test_a_reboot_brings_everything_back(host: str) -> None:
     life.restart(host)
-    for unit in ("vllm.service", "open-webui.service"):
-        spine.wait_until(
-            f"{unit} is up", lambda u=unit: spine.unit(host, u, "ActiveState")["ActiveState"] == "active", 240
-        )
+
+    def active() -> list[str]:
+        return spine.on(host, "systemctl is-active vllm.service open-webui.service || true").split()
+
+    seconds = spine.wait_until("both services are up", lambda: active() == ["active", "active"], 240)
     done = spine.command(*spine.LLMHOST, "verify", spine.INVENTORY, "--limit", host, prefix=prefix(host))
     assert done.returncode == 0, done.stdout + done.stderr
+    spine.say(f"reboot: both services up {seconds:.0f} s after SSH answered again")
 
 
 # --- several hosts
