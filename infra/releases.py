@@ -181,10 +181,11 @@ def _environment(base: BasePlan) -> dict[str, str]:
         "UV_PYTHON_INSTALL_DIR": "/opt/llmhost/python",
         "UV_HTTP_TIMEOUT": "120",
     }
-    if base.python_builds:
-        environment["UV_PYTHON_INSTALL_MIRROR"] = base.python_builds
     if base.python_builds_index:
+        # The list has its own addresses, and uv refuses a mirror for those that are not its default's.
         environment["UV_PYTHON_DOWNLOADS_JSON_URL"] = base.python_builds_index
+    elif base.python_builds:
+        environment["UV_PYTHON_INSTALL_MIRROR"] = base.python_builds
     return environment
 
 

@@ -100,7 +100,7 @@ def test_power_lost_while_wheels_are_installed(host: str, run: Deploy) -> None:
 def test_killed_while_the_model_is_fetched(host: str) -> None:
     def parts() -> list[Path]:
         models = (spine.disk(host) / "var/lib/llmhost/models").rglob("*.incomplete")
-        return [part for part in models if part.stat().st_size > MIB]
+        return [part for part in models if part.stat().st_size > 8 * MIB]  # no other file of the model is as large
 
     with spine.hub_fault(host, rate=20 * MIB):
         run = Deploy(host)
@@ -108,7 +108,7 @@ def test_killed_while_the_model_is_fetched(host: str) -> None:
         run.kill()
         assert is_complete(host, "open-webui")
         spine.say(
-            f"killed in the model step: {parts()[0].stat().st_size / MIB:.0f} MiB there; "
+            f"killed in the model step: {sum(part.stat().st_size for part in parts()) / MIB:.0f} MiB there; "
             f"left running on the host: {left_running(host, 'hf', 'python')}"
         )
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -267,31 +268,29 @@ def with_a_file_more(wheel: bytes) -> bytes:
     return altered.getvalue()
 
 
-@pytest.fixture
-def tampered_index(host: str) -> Iterator[str]:
+@contextmanager
+def tampered_index(lab: state.Lab) -> Iterator[str]:
     """URL of an index whose wheels are not all what they should be."""
-    lab = state.find_host(host)[0]
     TamperedIndex.upstream = lab.settings["mirror_python_index"].removesuffix("/simple/")
     server = ThreadingHTTPServer((lab.address, 0), TamperedIndex)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://{lab.address}:{server.server_port}/simple/"
-    server.shutdown()
+    try:
+        yield f"http://{lab.address}:{server.server_port}/simple/"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
-def test_a_host_that_fails_neither_stops_nor_hides_the_other(
-    new_host: NewHost, tampered_index: str, tmp_path: Path
-) -> None:
+def test_a_host_that_fails_neither_stops_nor_hides_the_other(new_host: NewHost, tmp_path: Path) -> None:
     """A bare Debian 13, reached as a user with sudo, converges; a bare Debian 12 gets a wheel that its lock disowns."""
     good, bad = new_host("good", "debian-13"), new_host("bad", "debian-12")
-    data = {
-        good: {"ssh_user": "admin"},
-        bad: {"mirror_python_index": tampered_index, "mirror_torch_index": tampered_index},
-    }
-    ended = spine.deploy(good, "--limit", bad, inventory=spine.write_inventory(tmp_path, data))
+    with tampered_index(state.find_host(bad)[0]) as index:
+        data = {good: {"ssh_user": "admin"}, bad: {"mirror_python_index": index, "mirror_torch_index": index}}
+        ended = spine.deploy(good, "--limit", bad, inventory=spine.write_inventory(tmp_path, data))
     assert ended.code == 1
     lines = ended.output.splitlines()
     summary = [line.strip() for line in lines[lines.index("--> Hosts:") + 1 :]]
-    assert f"{good}: done" in summary and f"{bad}: failed" in summary
+    assert f"{good}: done" in summary and f"{bad}: failed" in summary, ended.output
     told = "\n".join(line for line in lines if f"[{bad}]" in line)
     assert "ash mismatch" in told and TAMPERED in told, told
     assert "mirror_python_index" in told
