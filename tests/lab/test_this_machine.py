@@ -49,8 +49,14 @@ def copy_repository(target: Path) -> None:
     requirements = re.findall(
         r"^([A-Za-z0-9._-]+)==", (spine.REPOSITORY / "requirements.txt").read_text(), re.MULTILINE
     )
-    for name in requirements:
-        for file in importlib.metadata.files(name) or []:
-            if ".." not in file.parts and "__pycache__" not in file.parts:
-                (target / "packages" / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(str(file.locate()), target / "packages" / file)
+    for file in (file for name in requirements for file in files_of(name)):
+        if ".." not in file.parts and "__pycache__" not in file.parts:
+            (target / "packages" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(str(file.locate()), target / "packages" / file)
+
+
+def files_of(name: str) -> list[importlib.metadata.PackagePath]:
+    try:
+        return importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []  # a requirement of another operating system

@@ -186,12 +186,12 @@ def test_other_input_than_json_changes_nothing_and_is_not_repeated(directory: Pa
     assert not directory.exists()
 
 
-ALLOWED = st.text("abcXYZ019._~+/=:@%^,-", min_size=22, max_size=64)
+ALLOWED = st.text("abcXYZ019._+/=:@%^,-", min_size=22, max_size=64)
 
 
 @settings(max_examples=15, deadline=None)
 @given(key=ALLOWED, password=ALLOWED, token=ALLOWED)
-@example(key="=" * 22, password="a==b=~%s%n-,^@:/+..======", token="hf_" + "-" * 30)
+@example(key="=" * 22, password="a==b=%s%n-,^@:/+..======", token="hf_" + "-" * 30)
 def test_every_value_that_settings_allow_arrives_as_it_is(key: str, password: str, token: str) -> None:
     """Through the schema, into the files, and back as systemd would hand it to the services."""
     given_settings = {"engine_api_key": key, "webui_admin_password": password, "model_hub_token": token}
