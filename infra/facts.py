@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pyinfra import state
 from pyinfra.api import FactBase, QuoteString, StringCommand
 from pyinfra.api.exceptions import FactProcessError
 
@@ -48,6 +49,14 @@ class JsonFact(FactBase[Any]):
             return json.loads("\n".join(output))
         except ValueError as error:
             raise FactProcessError(f"expected JSON from the host: {error}") from None
+
+
+def failed_look(seen: Any) -> bool:
+    """Whether a look at the host failed in the middle of a run: pyinfra has said why and given the host up.
+
+    Its operation must not go on as if the host had nothing. (Before the run, a host may lack Python: all is to do.)
+    """
+    return seen is None and bool(state.is_executing)
 
 
 class Unreachable(JsonFact):

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pyinfra import host, logger, state
 from pyinfra.api import QuoteString, StringCommand, operation
 
-from infra.facts import JsonFact
+from infra.facts import JsonFact, failed_look
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,10 @@ def tree(entries: Sequence[Entry]) -> Generator[StringCommand]:
 
     + entries: what the host shall have, directories before what lies in them
     """
-    seen = _look(entries)
+    looked = _look(entries)
+    if failed_look(looked):
+        return
+    seen = looked or {}
     changed = [entry for entry in entries if _differs(entry, seen.get(entry.path))]
     for entry in changed:
         _announce(entry, seen.get(entry.path))
@@ -111,10 +114,11 @@ def tree(entries: Sequence[Entry]) -> Generator[StringCommand]:
         host.noop(f"{len(entries)} files and directories are as planned")
 
 
-def _look(entries: Sequence[Entry]) -> dict[str, dict[str, str]]:
+def _look(entries: Sequence[Entry]) -> dict[str, dict[str, str]] | None:
     with_text = bool(state.config.DIFF)
     wanted = {entry.path: with_text and isinstance(entry, HostFile) for entry in entries}
-    return host.get_fact(TreeState, argument=json.dumps(wanted)) or {}
+    seen: dict[str, dict[str, str]] | None = host.get_fact(TreeState, argument=json.dumps(wanted))
+    return seen
 
 
 def _kind(entry: Entry) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from pyinfra import host, logger
 from pyinfra.api import QuoteString, StringCommand, operation
 
-from infra.facts import JsonFact
+from infra.facts import JsonFact, failed_look
 from llmhost.plan.model import Service
 
 
@@ -62,8 +62,10 @@ def running(services: Sequence[Service], targets: Sequence[str] = ()) -> Generat
     + targets: further units to enable and start, that group the services
     """
     units = {service.unit: service.inputs for service in services} | dict.fromkeys(targets, ())
-    seen = host.get_fact(UnitStates, argument=json.dumps(units)) or {}
-    states = {unit: seen.get(unit, {}) for unit in units}
+    seen = host.get_fact(UnitStates, argument=json.dumps(units))
+    if failed_look(seen):
+        return
+    states = {unit: (seen or {}).get(unit, {}) for unit in units}
     if any(state.get("reload") for state in states.values()):
         _announce("read unit files again")
         yield StringCommand("systemctl", "daemon-reload")

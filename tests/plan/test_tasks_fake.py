@@ -143,8 +143,14 @@ class listening:  # noqa: N801 - reads as the verb it is
 
 
 def bare(**changes: str) -> Answers:
-    """A host without Python: programs that would ask it answer nothing."""
-    return {"facts_version": facts(**changes), "uname -s": "Linux", "command -v useradd": "/usr/sbin/useradd"}
+    """A host that has nothing of llmhost's."""
+    return {
+        "facts_version": facts(**changes),
+        "uname -s": "Linux",
+        "command -v useradd": "/usr/sbin/useradd",
+        "import grp, hashlib": "{}",
+        '"systemctl", "show"': "{}",
+    }
 
 
 def planned(**data: Any) -> HostPlan:
