@@ -62,7 +62,7 @@ def connection(host: Host) -> Connection:
         user=str(get("ssh_user") or ""),
         key=str(get("ssh_key") or ""),
         known_hosts_file=str(get("ssh_known_hosts_file") or ""),
-        strict=str(get("ssh_strict_host_key_checking") or ""),
+        strict=str(get("ssh_strict_host_key_checking") or "accept-new"),  # pyinfra's own default
         config_file=str(get("ssh_config_file") or ""),
         sudo=bool(get("_sudo")),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -66,7 +67,10 @@ def chosen(config: pytest.Config) -> list[Target]:
     if file := config.getoption("targets"):
         return read_targets(file)
     if inventory := config.getoption("inventory"):
-        from infra.fleet import targets  # looks at the hosts and plans: only needed here
+        with warnings.catch_warnings():
+            # pyinfra makes sockets cooperative, and warns of those that pytest plugins imported before: none of ours.
+            warnings.simplefilter("ignore")
+            from infra.fleet import targets  # looks at the hosts and plans: only needed here
 
         return list(targets(inventory, config.getoption("limit"), config.getoption("data")))
     raise ValueError("give --inventory inventories/home.py")
