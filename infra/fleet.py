@@ -17,6 +17,7 @@ from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.facts import get_facts
 from pyinfra.api.host import Host
 from pyinfra.context import ctx_state
+from pyinfra_cli.exceptions import UnexpectedExternalError
 from pyinfra_cli.util import parse_cli_arg
 
 from infra.facts import HostFacts, hardware
@@ -48,7 +49,12 @@ def hosts(inventory: str, limit: Iterable[str] = (), data: Iterable[str] = ()) -
     overrides = {name: parse_cli_arg(value) for name, _, value in (item.partition("=") for item in data)}
     state = State()
     ctx_state.set(state)  # inventories and group data are read in the context of a run
-    made = make_inventory(inventory, override_data=overrides, cwd=str(Path.cwd()))
+    try:
+        made = make_inventory(inventory, override_data=overrides, cwd=str(Path.cwd()))
+    except UnexpectedExternalError as error:  # the inventory, or a file of group_data, raised it
+        raise EmptyInventory(f"{error.filename}: {type(error.exception).__name__}: {error.exception}") from None
+    except SyntaxError as error:
+        raise EmptyInventory(f"{error.filename}: SyntaxError: {error}") from None
     state.init(made, Config())
     patterns = list(limit)
     chosen = [h for h in made if not patterns or any(fnmatch(h.name, p) or p in h.groups for p in patterns)]

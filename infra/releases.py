@@ -64,7 +64,7 @@ def uv(version: str, lock: str, base: BasePlan) -> Generator[StringCommand]:
     index = base.python_index or "the default index"
     remedy = f"uv {version} could not be installed from {index} (mirror_python_index)"
     script = [
-        *_alone(f"{UV}/bin/uv --version 2>&1 | grep -qF 'uv {version}'"),
+        *_alone(f"[ \"$({UV}/bin/uv --version 2>/dev/null | cut -d' ' -f2)\" = {version} ]"),
         f"python3 -m venv --clear {UV}",
         _quoted(pip),
     ]

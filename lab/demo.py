@@ -51,6 +51,7 @@ def main() -> int:
             return 0
         if arguments.install_packages:
             install_packages(for_tests=True)
+            preflight.require(["debian-12", "debian-13"])
             return 0
         return demo()
     except LabError as error:
@@ -74,7 +75,10 @@ def demo() -> int:
     step(4)
     _, host = state.find_host(f"{PREFIX}-1")
     question, reply = ask(host.name, host.ip)
-    print(FAREWELL.format(question=question, reply=reply, ip=host.ip, name=host.name), flush=True)
+    print(
+        FAREWELL.format(question=question, reply=reply, ip=host.ip, name=host.name, cache=state.cache_directory()),
+        flush=True,
+    )
     return 0
 
 
@@ -88,12 +92,14 @@ FAREWELL = """
                   sign in as admin@localhost with WEBUI_ADMIN_PASSWORD; the API's key is OPENAI_API_KEY
   Certificate     reports/lab/{name}.json
   Look around     .venv/bin/python -m lab ssh {name}
-  Remove it all   scripts/demo --down
+  Remove it       scripts/demo --down   (the host and its network; wheels and image stay in {cache} for the next time)
 """
 
 
 def install_packages(*, for_tests: bool = False) -> None:
     """The Debian packages the lab misses, installed or named."""
+    if sys.platform != "linux":
+        raise LabError("the lab needs Linux: its hosts are systemd in Linux namespaces")
     missing = [*preflight.missing_packages(), *(name for name in TEST_PACKAGES if for_tests and not shutil.which(name))]
     if not missing:
         return

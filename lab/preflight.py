@@ -15,6 +15,7 @@ from lab import LabError, cgroups, images, state
 PROGRAMS = {  # program -> Debian and Ubuntu package
     "systemd-nspawn": "systemd-container",
     "mmdebstrap": "mmdebstrap",
+    "gpg": "gpg",  # with it mmdebstrap finds the keyring of a suite that is not this machine's own
     "ip": "iproute2",
     "iptables": "iptables",
     "ssh": "openssh-client",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FACTS_VERSION = "1"
+FACTS_VERSION = "2"
 NVIDIA = "0x10de"
 # PCI classes of things that compute: VGA controller and 3D controller (field notes, nvidia.md); audio is 0x0403.
 GPU_CLASSES = ("0x0300", "0x0302")
@@ -154,11 +154,11 @@ def _shell_assignments(text: str) -> dict[str, str]:
     return {name: "".join(shlex.split(value)) for name, value in _pairs(text).items()}
 
 
-def _disks(df: str) -> tuple[Disk, ...]:
-    # `df -P -B1 / /opt /var/lib` answers in the order asked, naming mount points, not those paths.
-    rows = [line.split() for line in df.splitlines()[1:]]
-    paths = ("/", "/opt", "/var/lib")
-    return tuple(Disk(path, row[5], int(row[1]), int(row[3])) for path, row in zip(paths, rows, strict=True))
+def _disks(text: str) -> tuple[Disk, ...]:
+    rows = [line.split(" ", 3) for line in text.splitlines()]
+    if not any(row[0] == "/" for row in rows):
+        raise ValueError("no file system for /")
+    return tuple(Disk(path, mount, int(total), int(available)) for path, total, available, mount in rows)
 
 
 def _gpus(pci: str) -> tuple[Gpu, ...]:

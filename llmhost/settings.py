@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_core import PydanticCustomError
 
 from llmhost.plan.model import Problem
 
@@ -26,6 +27,9 @@ PYINFRA_PREFIXES = ("_", "ssh_", "docker_", "podman_", "chroot_", "vagrant_", "t
 def _url(value: str) -> str:
     if value and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc):
         raise ValueError("expected a URL such as https://mirror.example/simple/, or nothing")
+    if "@" in urlsplit(value).netloc:
+        # It would be shown in plans, and stand in arguments on the host.
+        raise PydanticCustomError("credentials", "expected a URL without user and password (the value is not shown)")
     return value
 
 
@@ -220,8 +224,11 @@ def _problem(error: Any, sources: Mapping[str, str]) -> Problem:
     source = sources.get(name, "default")
     if error["type"] == "extra_forbidden":
         return Problem(name, source, "there is no such setting", _nearest(name))
-    shown = "" if name in secret_names() else f", got {error['input']!r}"
+    hidden = name in secret_names() or error["type"] == "credentials"
+    shown = "" if hidden else f", got {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type" and source == "--data":
+        message += " (pyinfra reads digits as a number: set it in the inventory, in quotes)"
     meaning = Settings.model_fields[name].description
     return Problem(name, source, f"{message[:1].lower()}{message[1:]}{shown}", f"Meaning: {meaning}")
 

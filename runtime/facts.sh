@@ -41,8 +41,17 @@ pci() { # address vendor device class driver, display controllers and bridges of
     done | grep -E ' 0x10de | 0x03[0-9a-f]{4} '
 }
 
+sockets() { # as `ss -Hltn` prints them, without their holders where those are not to be known
+    elevate ss -Hltnp || ss -Hltn && return
+    for table in /proc/net/tcp /proc/net/tcp6; do
+        while read -r _ address _ state _; do
+            [ "$state" = 0A ] && echo "LISTEN 0 0 *:$((0x${address##*:})) *:*"
+        done <"$table"
+    done
+}
+
 listeners() { # address:port pid process unit
-    elevate ss -Hltnp | while read -r _ _ _ address _ process; do
+    sockets | while read -r _ _ _ address _ process; do
         pid=$(echo "$process" | sed -n 's/.*pid=\([0-9]*\).*/\1/p')
         name=$(echo "$process" | sed -n 's/^users:(("\([^"]*\)".*/\1/p')
         unit=$(sed -n 's#.*/\([^/]*\.service\)\(/.*\)\?$#\1#p' "/proc/${pid:-none}/cgroup" 2>/dev/null | head -n 1)
@@ -53,6 +62,14 @@ listeners() { # address:port pid process unit
 pythons() {
     for python in /usr/bin/python3.[0-9] /usr/bin/python3.[0-9][0-9]; do
         [ -x "$python" ] && echo "${python##*/python} $python"
+    done
+}
+
+disks() { # path size available mount-point, of the file system that holds, or will hold, each path
+    for path in / /opt/llmhost /var/lib/llmhost /var/lib/llmhost/models; do
+        held=$path
+        while [ ! -e "$held" ]; do held=$(dirname "$held"); done
+        df -P -B1 "$held" | awk -v path="$path" 'NR == 2 { print path, $2, $4, $6 }'
     done
 }
 
@@ -73,7 +90,7 @@ installed() { # what an earlier run of llmhost left
     done
 }
 
-capture facts_version echo 1
+capture facts_version echo 2
 capture controller_time echo "${1:-}"
 capture host_time date +%s
 capture user id -un
@@ -88,7 +105,7 @@ capture glibc getconf GNU_LIBC_VERSION
 capture time_synchronised timedatectl show --property NTPSynchronized --value
 capture cpu cpu
 capture meminfo cat /proc/meminfo
-capture disks df -P -B1 / /opt /var/lib
+capture disks disks
 capture pci pci
 capture listeners listeners
 capture pythons pythons

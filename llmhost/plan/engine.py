@@ -266,6 +266,8 @@ def _known_cache(settings: Settings, hardware: Hardware, entry: ModelEntry, note
     if wanted > budget and (settings.engine_kv_cache_gib or settings.engine_concurrency):
         _refuse_cache(settings, budget, wanted, notes)
         return None
+    if wanted > budget:
+        reason = f"what memory leaves of {wanted / GIB:.2f} GiB for {reason}"
     blocks = max(-(-context // CPU_BLOCK_TOKENS), min(wanted, budget) // block)
     size = notes.decide("engine", "kv_cache_bytes", blocks * block, reason)
     notes.decide("engine", "kv_cache_tokens", blocks * CPU_BLOCK_TOKENS, f"whole blocks of {CPU_BLOCK_TOKENS} tokens")

@@ -130,6 +130,29 @@ def test_a_model_that_cannot_fit_says_how_much_is_missing_and_what_would_fit() -
     assert "llama" not in problem.remedy
 
 
+def test_a_disk_mounted_for_llmhost_counts() -> None:
+    assert planned(bare(disks=disks(1.0, opt=10.0))).problems == ()
+    (problem,) = planned(bare(disks=disks(50.0, models=0.1))).problems
+    assert "/var/lib/llmhost/models needs" in problem.message
+
+
+def test_a_kernel_that_keeps_a_little_more_memory_changes_no_plan() -> None:
+    for kilobytes in (3_900_000, 8_000_000, 24_684_092):
+        plans = {
+            planned(bare(meminfo=f"MemTotal: {kilobytes - less} kB\nMemAvailable: 1000000 kB")).hash
+            for less in (0, 4096, 9000)
+        }
+        assert len(plans) == 1
+
+
+def test_a_cache_that_memory_cuts_short_says_so() -> None:
+    p = planned(bare(meminfo="MemTotal: 3900000 kB\nMemAvailable: 3000000 kB"))
+    assert p.engine
+    reason = next(d.reason for d in p.decisions if d.setting == "kv_cache_bytes")
+    assert p.engine.kv_cache_bytes < 4 * 8192 * 23040
+    assert "what memory leaves" in reason
+
+
 def test_auto_takes_the_cpu_where_there_is_no_gpu() -> None:
     assert decision(planned(bare()), "accelerator") == "cpu"
 

@@ -38,7 +38,11 @@ def memory(gib: float) -> str:
     return f"MemTotal: {int(gib * GIB_KB)} kB\nMemAvailable: {int(gib * GIB_KB * 0.9)} kB"
 
 
-def disks(free_gib: float) -> str:
-    """`df` of a machine with one file system."""
-    row = f"/dev/vda 500000000000 1 {int(free_gib * (1 << 30))} 50% /"
-    return "\n".join(["Filesystem 1-blocks Used Available Capacity Mounted on", row, row, row])
+def disks(free_gib: float, **mounted_gib: float) -> str:
+    """The disks of a machine with one file system, or with others mounted where the names say (opt, models)."""
+    mounts = {"/": "/", "/opt/llmhost": "/", "/var/lib/llmhost": "/", "/var/lib/llmhost/models": "/"}
+    free = {"/": free_gib}
+    for path, name in (("/opt/llmhost", "opt"), ("/var/lib/llmhost/models", "models")):
+        if name in mounted_gib:
+            mounts[path], free[path] = path, mounted_gib[name]
+    return "\n".join(f"{path} 500000000000 {int(free[mount] * (1 << 30))} {mount}" for path, mount in mounts.items())

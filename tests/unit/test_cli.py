@@ -166,7 +166,7 @@ def test_a_missing_hardware_file_is_exit_2() -> None:
     [
         ("", "printed nothing"),
         ("[]", "expected the JSON that `llmhost facts HOST` prints"),
-        ('{"facts_version": "1"}', "the facts lack something"),
+        ('{"facts_version": "2"}', "the facts lack something"),
     ],
 )
 def test_hardware_that_cannot_be_read_is_exit_2(tmp_path: Path, text: str, words: str) -> None:
@@ -227,3 +227,14 @@ def test_settings_are_listed_with_their_meaning() -> None:
     ended = llmhost("settings")
     assert ended.returncode == 0
     assert "engine_port = 8000\n    TCP port of the engine's API." in ended.stdout
+
+
+@pytest.mark.parametrize("text", ["hosts = [", "raise RuntimeError('the reason')"])
+def test_an_inventory_that_cannot_be_read_is_exit_2_with_its_reason(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    ended = llmhost("plan", str(file))
+    assert ended.returncode == 2
+    assert "broken.py" in ended.stderr
+    assert "SyntaxError" in ended.stderr or "RuntimeError: the reason" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -95,7 +95,7 @@ def test_listeners_with_their_holder() -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "not json", '{"facts_version": "0"}', '{"facts_version": "1"}'])
+@pytest.mark.parametrize("text", ["", "{}", "[]", "not json", '{"facts_version": "1"}', '{"facts_version": "2"}'])
 def test_what_is_no_record_is_refused(text: str) -> None:
     with pytest.raises(FactsError):
         parse(text)

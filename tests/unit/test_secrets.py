@@ -64,7 +64,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_what_is_missing_is_generated_once_and_kept(directory: Path) -> None:
-    assert check(directory) == sorted([*GENERATED, *FILES])
+    assert check(directory) == sorted([*GENERATED, *FILES, "secrets/"])
     assert not directory.exists()
     apply(directory)
     first = values(directory)
@@ -73,6 +73,15 @@ def test_what_is_missing_is_generated_once_and_kept(directory: Path) -> None:
     assert check(directory) == []
     assert apply(directory) == []
     assert values(directory) == first
+
+
+def test_an_open_directory_is_noticed_and_closed(directory: Path) -> None:
+    apply(directory)
+    directory.chmod(0o755)
+    assert check(directory) == ["secrets/"]
+    apply(directory)
+    assert check(directory) == []
+    assert directory.stat().st_mode & 0o777 == 0o700
 
 
 def test_two_hosts_have_nothing_in_common(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def test_names_of_pyinfra_are_not_settings() -> None:
         ({"accelerator": "gpu"}, ["accelerator", "'auto', 'cpu' or 'nvidia'", "'gpu'"]),
         ({"model_revision": "main"}, ["model_revision", "40 hexadecimal digits", "'main'"]),
         ({"mirror_hub": "hf-mirror"}, ["mirror_hub", "expected a URL", "'hf-mirror'"]),
+        ({"model": "$(id)/x"}, ["model", "owner/name"]),
+        ({"model": "../x/y"}, ["model", "absolute path"]),
         ({"webui_admin_email": "me"}, ["webui_admin_email", "e-mail address", "'me'"]),
         ({"driver_branch": "515"}, ["driver_branch", "'580', '595' or '615'"]),
     ],
@@ -77,6 +79,12 @@ def test_a_refused_secret_is_not_shown(name: str, value: str) -> None:
     message = refused(**{name: value})
     assert name in message
     assert value not in message
+
+
+def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
+    message = refused(mirror_python_index="https://bob:hunter2@mirror.example/simple/")
+    assert "without user and password" in message
+    assert "hunter2" not in message
 
 
 def test_a_number_given_for_the_driver_branch_is_taken() -> None:
