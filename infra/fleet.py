@@ -127,21 +127,20 @@ def _plan(inventory: str, host: Host, facts: str) -> HostPlan:
     return plan(loaded, found, host.name)
 
 
-class _Listening:
+class _Listening(logging.Handler):
     """Collect what pyinfra says of each host, instead of printing it."""
 
     def __init__(self, errors: dict[str, str]) -> None:
+        super().__init__(logging.ERROR)
         self._errors = errors
-        self._handler = logging.Handler(logging.ERROR)
-        self._handler.emit = self._keep  # type: ignore[method-assign]
 
     def __enter__(self) -> None:
         self._before = logger.handlers[:], logger.propagate
-        logger.handlers, logger.propagate = [self._handler], False
+        logger.handlers, logger.propagate = [self], False
 
     def __exit__(self, *_: object) -> None:
         logger.handlers, logger.propagate = self._before
 
-    def _keep(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
         name, _, text = record.getMessage().strip().lstrip("[").partition("]")
         self._errors.setdefault(name.strip(), text.strip())

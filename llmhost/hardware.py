@@ -74,7 +74,6 @@ class Hardware:
     machine: str
     init: str
     virtualisation: str
-    glibc: str
     cpu_model: str
     cpu_count: int
     cpu_flags: frozenset[str]
@@ -83,7 +82,6 @@ class Hardware:
     disks: tuple[Disk, ...]
     gpus: tuple[Gpu, ...]
     listeners: tuple[Listener, ...]
-    pythons: Mapping[str, str]
     clock_offset_seconds: int
     time_synchronised: bool | None
     user: str
@@ -127,7 +125,6 @@ def _hardware(facts: Mapping[str, str]) -> Hardware:
         machine=facts["machine"],
         init=facts["init"],
         virtualisation=facts["virtualisation"],
-        glibc=facts["glibc"].removeprefix("glibc "),
         cpu_model=cpu.get("model name", ""),
         cpu_count=int(cpu["count"]),
         cpu_flags=frozenset((cpu.get("flags") or cpu.get("Features", "")).split()),
@@ -136,7 +133,6 @@ def _hardware(facts: Mapping[str, str]) -> Hardware:
         disks=_disks(facts["disks"]),
         gpus=_gpus(facts["pci"]),
         listeners=tuple(_listener(line) for line in facts["listeners"].splitlines()),
-        pythons=_pairs(facts["pythons"], " "),
         clock_offset_seconds=int(facts["host_time"]) - int(facts["controller_time"] or facts["host_time"]),
         time_synchronised={"yes": True, "no": False}.get(facts["time_synchronised"]),
         user=facts["user"],

@@ -59,12 +59,6 @@ listeners() { # address:port pid process unit
     done
 }
 
-pythons() {
-    for python in /usr/bin/python3.[0-9] /usr/bin/python3.[0-9][0-9]; do
-        [ -x "$python" ] && echo "${python##*/python} $python"
-    done
-}
-
 disks() { # path size available mount-point, of the file system that holds, or will hold, each path
     for path in / /opt/llmhost /var/lib/llmhost /var/lib/llmhost/models; do
         held=$path
@@ -101,14 +95,12 @@ capture kernel uname -r
 capture machine uname -m
 capture init cat /proc/1/comm
 capture virtualisation systemd-detect-virt
-capture glibc getconf GNU_LIBC_VERSION
 capture time_synchronised timedatectl show --property NTPSynchronized --value
 capture cpu cpu
 capture meminfo cat /proc/meminfo
 capture disks disks
 capture pci pci
 capture listeners listeners
-capture pythons pythons
 capture installed installed
 capture plan cat /etc/llmhost/plan.json
 printf '}\n'

@@ -45,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         """One request; `self.command` is GET or HEAD."""
-        raise NotImplementedError
+        raise NotImplementedError  # each server answers in its own way
 
     def reply(
         self,

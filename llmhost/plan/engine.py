@@ -250,16 +250,7 @@ def _known_cache(settings: Settings, hardware: Hardware, entry: ModelEntry, note
         wish or min(native, most),
         notes.given("engine_context_tokens") if wish else _context_reason(native, most),
     )
-    profile = CPU_PROFILES[settings.tuning_profile]
-    contexts = settings.engine_concurrency or profile.contexts
-    wanted = contexts * context * entry.kv_bytes_per_token
-    if settings.engine_kv_cache_gib:
-        wanted, reason = int(settings.engine_kv_cache_gib * GIB), notes.given("engine_kv_cache_gib")
-    else:
-        asked = (
-            notes.given("engine_concurrency") if settings.engine_concurrency else f"profile {settings.tuning_profile}"
-        )
-        reason = f"{contexts} contexts of {context} tokens at {entry.kv_bytes_per_token} bytes a token ({asked})"
+    wanted, reason = _wanted_cache(settings, entry, context, notes)
     if wanted < context * entry.kv_bytes_per_token:
         _refuse_small_cache(context, entry, wanted, notes)
         return None
@@ -272,6 +263,19 @@ def _known_cache(settings: Settings, hardware: Hardware, entry: ModelEntry, note
     size = notes.decide("engine", "kv_cache_bytes", blocks * block, reason)
     notes.decide("engine", "kv_cache_tokens", blocks * CPU_BLOCK_TOKENS, f"whole blocks of {CPU_BLOCK_TOKENS} tokens")
     return Cache(size, blocks * CPU_BLOCK_TOKENS, context)
+
+
+def _wanted_cache(settings: Settings, entry: ModelEntry, context: int, notes: Notes) -> tuple[int, str]:
+    """Bytes of KV cache asked for, and by what."""
+    if settings.engine_kv_cache_gib:
+        unused = ", so engine_concurrency does not size it" if settings.engine_concurrency else ""
+        return int(settings.engine_kv_cache_gib * GIB), notes.given("engine_kv_cache_gib") + unused
+    contexts = settings.engine_concurrency or CPU_PROFILES[settings.tuning_profile].contexts
+    asked = f"profile {settings.tuning_profile}"
+    if settings.engine_concurrency:
+        asked = notes.given("engine_concurrency")
+    reason = f"{contexts} contexts of {context} tokens at {entry.kv_bytes_per_token} bytes a token ({asked})"
+    return contexts * context * entry.kv_bytes_per_token, reason
 
 
 def _usable(hardware: Hardware) -> int:

@@ -8,18 +8,12 @@ from llmhost.plan.engine import plan_engine
 from llmhost.plan.model import BasePlan, EnginePlan, HostPlan, Release, WebuiPlan
 from llmhost.plan.notes import Notes
 from llmhost.plan.release import plan_release
+from llmhost.plan.systems import SYSTEMS, system_of
 from llmhost.plan.webui import plan_webui
 from llmhost.settings import Loaded, Settings
 
 MIB = 1 << 20
 
-SUPPORTED = {
-    ("ubuntu", "22.04"): "Ubuntu 22.04",
-    ("ubuntu", "24.04"): "Ubuntu 24.04",
-    ("ubuntu", "26.04"): "Ubuntu 26.04",
-    ("debian", "12"): "Debian 12",
-    ("debian", "13"): "Debian 13",
-}
 MACHINES = ("x86_64", "aarch64")
 # Acceptance allows no more (llmhost/checks.py); far beyond it certificates and apt's signatures are refused.
 MOST_CLOCK_OFFSET_SECONDS = 60
@@ -44,11 +38,10 @@ def plan(loaded: Loaded, hardware: Hardware, host: str) -> HostPlan:
 
 
 def _check_system(hardware: Hardware, notes: Notes) -> None:
-    supported = (hardware.os_id, hardware.os_version) in SUPPORTED
+    supported = system_of(hardware) is not None
     if not supported:
-        notes.refuse(
-            "operating system", f"{hardware.os_name} is not supported", f"Use one of: {', '.join(SUPPORTED.values())}"
-        )
+        names = ", ".join(system.name for system in SYSTEMS.values())
+        notes.refuse("operating system", f"{hardware.os_name} is not supported", f"Use one of: {names}")
     if hardware.machine not in MACHINES:
         notes.refuse("machine", f"{hardware.machine} is not supported", f"Use one of: {', '.join(MACHINES)}")
     if supported and hardware.init != "systemd":

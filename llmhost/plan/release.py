@@ -8,25 +8,16 @@ from llmhost.catalogue import LockEntry
 from llmhost.hardware import Hardware
 from llmhost.plan.model import Release
 from llmhost.plan.notes import Notes
+from llmhost.plan.systems import system_of
 
 RELEASES = "/opt/llmhost/releases"
-
-# The python3 of each distribution. Not what is found: a bare host may have none yet, and an administrator may add one;
-# neither may change what a release is.
-SYSTEM_PYTHONS = {
-    ("debian", "12"): "3.11",
-    ("debian", "13"): "3.13",
-    ("ubuntu", "22.04"): "3.10",
-    ("ubuntu", "24.04"): "3.12",
-    ("ubuntu", "26.04"): "3.14",
-}
 
 
 def plan_release(lock: LockEntry, hardware: Hardware, current: str, notes: Notes) -> Release:
     """One immutable installation; refuses machines without wheels."""
     _check_machine(lock, hardware, notes)
-    own = SYSTEM_PYTHONS.get((hardware.os_id, hardware.os_version))
-    source = "system" if lock.python == own else "managed"
+    system = system_of(hardware)
+    source = "system" if system and system.python == lock.python else "managed"
     notes.decide("python", f"{lock.package}_python", f"{lock.python} ({source})", _python_reason(lock, source))
     identity = f"{lock.package}-{lock.version}-{_digest(lock.sha256, lock.python, source, lock.alias)}"
     return Release(

@@ -114,7 +114,7 @@ def look(target: Target) -> Sight:
         measured = figures(evidence)
     except NoSight as failure:
         results, measured = [*unreachable(target.plan, failure.reason, failure.remedy)], {}
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - told in the certificate, and no pass
         reason = f"could not run: {type(error).__name__}: {error}"
         results, measured = [*unreachable(target.plan, reason, f"try it by hand: {by_hand(target.connection)}")], {}
     return Sight(started, datetime.now(UTC), {result.id: result for result in results}, measured)

@@ -11,6 +11,7 @@ import json
 import sys
 from typing import Any
 
+# Both are in Open WebUI's environment, in which this program runs, not in ours.
 import aiohttp  # type: ignore[import-not-found]
 import socketio  # type: ignore[import-not-found]
 

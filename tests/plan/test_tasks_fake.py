@@ -103,11 +103,11 @@ def deploy_all(hosts: dict[str, tuple[Answers, dict[str, Any]]]) -> dict[str, Ru
         connect_all(state)
         add_deploy(state, lambda: exec(TASKS, {}))
         for name, run in runs.items():
-            run.facts = inventory.get_host(name).connector.executed_commands[:]  # type: ignore[attr-defined]
+            run.facts = inventory.get_host(name).connector.executed_commands[:]  # type: ignore[attr-defined]  # the fake one's
         run_ops(state)
     for name, run in runs.items():
         host = inventory.get_host(name)
-        run.executed = host.connector.executed_commands[len(run.facts) :]  # type: ignore[attr-defined]
+        run.executed = host.connector.executed_commands[len(run.facts) :]  # type: ignore[attr-defined]  # the fake one's
         run.failed = host in state.failed_hosts
         done = [
             (state.get_op_meta(op).names, state.ops[host][op]) for op in state.get_op_order() if op in state.ops[host]
