@@ -2,6 +2,8 @@
 
 from tasks.acceptance import acceptance
 from tasks.base import base_system
+from tasks.containers import containers
+from tasks.driver import nvidia_driver
 from tasks.engine import engine
 from tasks.model import model
 from tasks.preflight import preflight
@@ -10,6 +12,8 @@ from tasks.webui import open_webui
 
 plan = preflight()
 base_system(plan)
+nvidia_driver(plan)
+containers(plan)
 python_environment(plan)
 model(plan)
 engine(plan)

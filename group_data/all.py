@@ -18,6 +18,17 @@ ssh_connect_retries = 2
 # engine_context_tokens = 8192          # tokens, prompt plus reply
 # engine_concurrency = 4                # full contexts held at once
 
+# --- hosts with an NVIDIA GPU (docs/driver.md)
+# driver_branch = "580"                 # "580", "595" or "615"
+# driver_source = "auto"                # or "installed": the driver is yours to keep
+# reboot_allowed = "auto"               # "never": stop and say that a reboot is due
+# cuda_toolkit = "none"                 # "venv" or "system" for those who compile kernels
+
+# --- where things come from (docs/mirrors.md): mirrors, proxies, a CA of your own
+# mirror_python_index = "https://mirror.example/simple/"
+# proxy_https = "http://proxy.example:3128"
+# ca_certificate = "/etc/ssl/our-ca.pem"   # a file on this machine
+
 # --- who reaches it (loopback only, unless published)
 # engine_port = 8000
 # engine_publish = False

@@ -60,15 +60,23 @@ def failed_look(seen: Any) -> bool:
 
 
 class Unreachable(JsonFact):
-    """{url: why} for those of the given URLs from which the host gets no HTTP answer; any status is an answer."""
+    """{url: why} for those of the given URLs from which the host gets no HTTP answer; any status is an answer.
+
+    The argument is JSON: {urls, environment: of the planned proxies, trusted: PEM text of the planned CA}. The host
+    may not have them yet, and a login shell's own are not asked.
+    """
 
     program = r"""
-import concurrent.futures, json, sys, urllib.error, urllib.request
+import concurrent.futures, json, os, ssl, sys, urllib.error, urllib.request
+asked = json.loads(sys.argv[1])
+os.environ.update(asked["environment"])
+context = ssl.create_default_context()
+if asked["trusted"]: context.load_verify_locations(cadata=asked["trusted"])
 def why(url):
-    try: urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10)
-    except urllib.error.HTTPError: pass
+    try: urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10, context=context)
+    except urllib.error.HTTPError as error: return str(error) if error.code == 407 else None
     except Exception as error: return str(getattr(error, "reason", error))
-urls = json.loads(sys.argv[1])
-with concurrent.futures.ThreadPoolExecutor(8) as pool: answers = dict(zip(urls, pool.map(why, urls)))
+with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    answers = dict(zip(asked["urls"], pool.map(why, asked["urls"])))
 print(json.dumps({url: reason for url, reason in answers.items() if reason}))
 """

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmhost import local_files
 from llmhost.catalogue import ROOT
-from llmhost.settings import Layer, Loaded, load
+from llmhost.settings import Layer, Loaded, SettingsError, load
 from llmhost.verify import Connection
 
 if TYPE_CHECKING:
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 
 
 def load_settings(host: Host, inventory: str) -> Loaded:
-    """The checked settings of a host; raises SettingsError with the file each fault came from."""
-    return load(_layers(host, _spelled(inventory)))
+    """The checked settings of a host, and the files of this machine that they name; raises SettingsError."""
+    loaded = load(_layers(host, _spelled(inventory)))
+    if problems := local_files.problems(loaded):
+        raise SettingsError(problems)
+    return loaded
 
 
 def _spelled(inventory: str) -> str:

@@ -8,7 +8,8 @@ from pyinfra import host, logger
 from pyinfra.api import QuoteString, StringCommand, operation
 
 from infra.facts import JsonFact
-from llmhost.plan.model import Model
+from llmhost.addresses import environment
+from llmhost.plan.model import BasePlan, Model
 
 
 class ModelComplete(JsonFact):
@@ -24,10 +25,10 @@ except (OSError, ValueError, KeyError): print("false")
 
 
 @operation()
-def fetched(model: Model, hub: str, python: str) -> Generator[StringCommand]:
+def fetched(model: Model, base: BasePlan, python: str) -> Generator[StringCommand]:
     """The model's revision in its directory, verified against the hub's records.
 
-    + hub: URL of the model hub
+    + base: the hub, and the way there
     + python: interpreter of an environment that holds the hub's client
     """
     if host.get_fact(ModelComplete, argument=model.directory):
@@ -36,9 +37,14 @@ def fetched(model: Model, hub: str, python: str) -> Generator[StringCommand]:
     size = (
         f"{model.weights_bytes / (1 << 20):,.0f} MiB of weights" if model.weights_bytes else "weights of unknown size"
     )
-    logger.info(f"{host.print_prefix}fetch {size} from {hub}")
+    logger.info(f"{host.print_prefix}fetch {size} from {base.hub}")
     program = "/usr/local/lib/llmhost/fetch-model"
     token = "set -a; . /etc/llmhost/secrets/hub.env; set +a; umask 022;"
     words = (python, program, model.repository, model.revision, model.directory)
     command = StringCommand(*map(QuoteString, words))
-    yield StringCommand("sh", "-c", QuoteString(StringCommand(token, "exec", command)), _env={"HF_ENDPOINT": hub})
+    yield StringCommand(
+        "sh",
+        "-c",
+        QuoteString(StringCommand(token, "exec", command)),
+        _env={"HF_ENDPOINT": base.hub, **environment(base)},
+    )

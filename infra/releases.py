@@ -12,6 +12,7 @@ from pyinfra import host, logger
 from pyinfra.api import QuoteString, StringCommand, operation
 
 from infra.facts import JsonFact
+from llmhost.addresses import environment as way_there
 from llmhost.plan.model import BasePlan, Release
 
 UV = "/opt/llmhost/uv"
@@ -68,7 +69,7 @@ def uv(version: str, lock: str, base: BasePlan) -> Generator[StringCommand]:
         f"python3 -m venv --clear {UV}",
         _quoted(pip),
     ]
-    yield _explained("\n".join(script), remedy)
+    yield _explained("\n".join(script), remedy, _env=way_there(base))
 
 
 def _pip_index(base: BasePlan) -> list[str]:
@@ -105,6 +106,7 @@ def release(release: Release, base: BasePlan) -> Generator[StringCommand]:
             _quoted([f"{UV}/bin/uv", "venv", "--quiet", "--clear", *_python(release), f"{release.path}/venv"]),
             _quoted([*_sync(release, base), f"{LOCKS}/{release.lock.rpartition('/')[2]}"]),
             *_alias(release),
+            *_compiler(release),
             f"printf '%s\\n' {shlex.quote(json.dumps(record))} > {release.path}/release.json.part",
             f"mv {release.path}/release.json.part {release.path}/release.json",
         ]
@@ -174,12 +176,29 @@ def _alias(release: Release) -> list[str]:
     return [f"mkdir -p {directory}", f"printf %s {shlex.quote(metadata)} > {directory}/METADATA"]
 
 
+def _compiler(release: Release) -> list[str]:
+    """What linkers look for and NVIDIA's wheels lack: lib64, libcudart.so, and the driver's libcuda.so.
+
+    FlashInfer links with `-L$CUDA_HOME/lib64 -L$CUDA_HOME/lib64/stubs -lcudart -lcuda` (its jit/cpp_ext.py, 0.7.0).
+    """
+    if not release.cuda_home:
+        return []
+    home = release.cuda_home
+    return [
+        f"mkdir -p {home}/lib/stubs",
+        f"ln -sfn lib {home}/lib64",
+        f"ln -sf libcudart.so.13 {home}/lib/libcudart.so",
+        f"ln -sf /usr/lib/$(uname -m)-linux-gnu/libcuda.so.1 {home}/lib/stubs/libcuda.so",
+    ]
+
+
 def _environment(base: BasePlan) -> dict[str, str]:
     environment = {
         "UV_NO_CONFIG": "1",
         "UV_CACHE_DIR": "/opt/llmhost/cache/uv",
         "UV_PYTHON_INSTALL_DIR": "/opt/llmhost/python",
         "UV_HTTP_TIMEOUT": "120",
+        **way_there(base),
     }
     if base.python_builds_index:
         # The list has its own addresses, and uv refuses a mirror for those that are not its default's.

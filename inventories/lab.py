@@ -16,7 +16,7 @@ hosts = [
             "ssh_strict_host_key_checking": "yes",
             "ssh_paramiko_connect_kwargs": {"transport_factory": nodelay_transport},
             "accelerator": "cpu",
-            **_lab.settings,
+            **_lab.settings_of(host),
         },
     )
     for host in _lab.hosts

@@ -10,6 +10,7 @@ import sys
 from types import FrameType
 
 from lab import LabError, images, life, preflight, ssh, state
+from lab.gpu.machines import MACHINES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _up(arguments: argparse.Namespace) -> None:
-    wanted = life.requests(arguments.os, arguments.count)
+    wanted = life.requests(arguments.os, arguments.count, arguments.gpu)
     options = life.Options(arguments.internet, arguments.use_mirror, arguments.mirror)
     lab = life.up(wanted, arguments.prefix, options, say=_say)
     if arguments.json:
@@ -52,7 +53,8 @@ def _status(arguments: argparse.Namespace) -> None:
         print(f"lab {seen['prefix']}: {seen['subnet']}, {reach}, mirror {mirror}")
         for host in seen["hosts"]:
             power = "running" if host["running"] else "stopped"
-            print(f"  {host['name']:<12} {host['ip']:<12} {host['os']:<14} {power}")
+            gpu = f"  simulated {host['gpu']}" if host["gpu"] else ""
+            print(f"  {host['name']:<12} {host['ip']:<12} {host['os']:<14} {power}{gpu}")
 
 
 def _ssh(arguments: argparse.Namespace) -> None:
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     up = commands.add_parser("up", help="boot hosts and wait until they answer SSH")
     up.add_argument("--os", action="append", default=[], metavar="[NAME=]OS", help=f"repeatable; {systems} (debian-12)")
+    up.add_argument("--gpu", default="", metavar="MACHINE", help=f"simulate its GPUs: {', '.join(MACHINES)}")
     up.add_argument("--count", type=int, default=1, help="hosts per unnamed OS (1)")
     up.add_argument(
         "--internet", action=argparse.BooleanOptionalAction, default=False, help="let hosts out by NAT (no)"

@@ -100,7 +100,8 @@ def install_packages(*, for_tests: bool = False) -> None:
     """The Debian packages the lab misses, installed or named."""
     if sys.platform != "linux":
         raise LabError("the lab needs Linux: its hosts are systemd in Linux namespaces")
-    missing = [*preflight.missing_packages(), *(name for name in TEST_PACKAGES if for_tests and not shutil.which(name))]
+    missing = preflight.missing_packages(gpu=for_tests)
+    missing += [name for name in TEST_PACKAGES if for_tests and not shutil.which(name)]
     if not missing:
         return
     command = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lab import LabError, cgroups, network, shell, ssh, state
+from lab.gpu import disk
 from lab.state import Host, Lab
 
 # systemd-nspawn --keep-unit does not restart a host that reboots: it exits with 133, to be started again.
@@ -24,16 +25,19 @@ BOOT_REPORT = "cat /proc/sys/kernel/random/boot_id; systemctl is-system-running 
 NSPAWN = Path("/run/systemd/nspawn")
 
 
-def create(lab: Lab, name: str, system: str, image: Path) -> Host:
+def create(lab: Lab, name: str, system: str, image: Path, gpu: str = "") -> Host:
     """Gives a new host its disk, address, identity and keys. It is recorded first, so that a half-made one is found."""
     directory = state.disk_directory(name)
-    host = Host(name, system, network.free_address(lab), str(image), str(directory))
+    host = Host(name, system, network.free_address(lab), str(image), str(directory), gpu=gpu)
     lab.hosts.append(host)
     state.save(lab)
     for part in ("upper", "work", "root"):
         (directory / part).mkdir(parents=True, exist_ok=True)
     _mount(host)
     _personalise(lab, host)
+    if gpu:
+        disk.simulate(directory / "root", system, gpu, lab.address)
+        (directory / "docker").mkdir()
     return host
 
 
@@ -197,6 +201,8 @@ def _nspawn_command(lab: Lab, host: Host) -> list[str]:
         "--capability=all",
         "--drop-capability=CAP_SYS_TIME,CAP_SYS_MODULE,CAP_SYS_RAWIO",
         "--system-call-filter=add_key keyctl bpf",
+        # Docker's own overlay cannot lie on the host's: without this it would take the driver "vfs" and say nothing.
+        *([f"--bind={host.directory}/docker:/var/lib/docker"] if host.gpu else []),
     ]
 
 

@@ -11,20 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import LabError, cgroups, hosts, images, network, preflight, ssh, state, upstream
+from lab.gpu import disk, machines
 from lab.images import Say
 from lab.state import Lab
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `up` is asked for: a host's label (its name without the prefix) and operating system."""
+    """What `up` is asked for: a host's label (its name without the prefix), operating system and simulated GPUs."""
 
     label: str
     os: str
+    gpu: str = ""
 
 
-def requests(systems: list[str], count: int) -> list[Request]:
-    """From `--os` (OS or NAME=OS, repeatable) and `--count` (hosts per unnamed OS); the unnamed are numbered from 1."""
+def requests(systems: list[str], count: int, gpu: str = "") -> list[Request]:
+    """From `--os` (OS or NAME=OS, repeatable), `--count` (hosts per unnamed OS) and `--gpu` (of them all).
+
+    The unnamed are numbered from 1.
+    """
+    if gpu:
+        machines.machine(gpu)
     if count < 1:
         raise LabError(f"--count must be at least 1, not {count}.")
     wanted: list[Request] = []
@@ -33,11 +40,11 @@ def requests(systems: list[str], count: int) -> list[Request]:
         label, named, system = word.rpartition("=")
         images.operating_system(system)
         if named:
-            wanted.append(Request(label, system))
+            wanted.append(Request(label, system, gpu))
             continue
         for _ in range(count):
             number += 1
-            wanted.append(Request(str(number), system))
+            wanted.append(Request(str(number), system, gpu))
     labels = [request.label for request in wanted]
     for label in labels:
         if labels.count(label) > 1:
@@ -62,11 +69,14 @@ def up(wanted: list[Request], prefix: str, options: Options, say: Say = print) -
     state.check_prefix(prefix)
     names = {state.host_name(prefix, request.label): request for request in wanted}
     systems = sorted({request.os for request in wanted})
-    preflight.require(systems, options.archive)
+    simulated = any(request.gpu for request in wanted)
+    if simulated:
+        disk.require(wanted, mirror=options.mirror)
+    preflight.require(systems, options.archive, gpu=simulated)
     with state.lock(prefix):
         built = {system: images.ensure(system, options.archive, say=say) for system in systems}
         if options.mirror:
-            upstream.prepare(systems)
+            upstream.prepare(systems, gpu=simulated)
         lab = _load_or_sweep(prefix)
         with _undone_unless_finished(lab):
             ssh.make_lab_key(lab)
@@ -99,8 +109,13 @@ def _up_hosts(lab: Lab, names: dict[str, Request], built: dict[str, Path], say: 
         present = next((host for host in lab.hosts if host.name == name), None)
         if present and present.os != request.os:
             raise LabError(f"{name} already exists with {present.os}, not {request.os}: name it otherwise (NAME=OS).")
+        if present and present.gpu != request.gpu:
+            raise LabError(
+                f"{name} already exists with {_words(present.gpu)}, not {_words(request.gpu)}: "
+                "name it otherwise (NAME=OS)."
+            )
         if present is None:
-            hosts.create(lab, name, request.os, built[request.os])
+            hosts.create(lab, name, request.os, built[request.os], request.gpu)
     started = time.monotonic()
     waiting = [host for host in lab.hosts if host.name in names and not host.running]
     for host in waiting:
@@ -108,6 +123,10 @@ def _up_hosts(lab: Lab, names: dict[str, Request], built: dict[str, Path], say: 
     for host in waiting:
         told = hosts.wait_ready(lab, host)
         say(f"{host.name}: {host.os} at {host.ip} answers SSH after {time.monotonic() - started:.1f} s ({told})")
+
+
+def _words(gpu: str) -> str:
+    return f"a simulated {gpu}" if gpu else "no simulated GPU"
 
 
 def _discard_if_half_made(lab: Lab, name: str) -> None:

@@ -23,13 +23,23 @@ PROGRAMS = {  # program -> Debian and Ubuntu package
     "mount": "mount",
     "unshare": "util-linux",
 }
+GPU_PROGRAMS = {  # what builds and signs the packages of hosts with a simulated GPU
+    "gcc": "gcc",
+    "dpkg-deb": "dpkg",
+    "gpg-agent": "gpg-agent",
+    "gpgconf": "gpgconf",
+}
+C_HEADERS = Path("/usr/include/stdio.h")  # of libc6-dev, which gcc only recommends
 UBUNTU_SUITES = Path("/usr/share/distro-info/ubuntu.csv")  # mmdebstrap knows suites after 18.04 only from here
 OLDEST_KERNEL = (5, 14)  # cgroup.kill (cgroups(7))
 
 
-def missing_packages(systems: Iterable[str] = ("debian-12",)) -> list[str]:
-    """The Debian packages that this machine lacks to run hosts of these operating systems."""
-    missing = {package for program, package in PROGRAMS.items() if _which(program) is None}
+def missing_packages(systems: Iterable[str] = ("debian-12",), *, gpu: bool = False) -> list[str]:
+    """The Debian packages that this machine lacks to run hosts of these systems, with simulated GPUs or not."""
+    programs = {**PROGRAMS, **(GPU_PROGRAMS if gpu else {})}
+    missing = {package for program, package in programs.items() if _which(program) is None}
+    if gpu and not C_HEADERS.exists():
+        missing.add("libc6-dev")
     for name in systems:
         system = images.operating_system(name)
         if not Path(system.keyring).exists():
@@ -39,14 +49,14 @@ def missing_packages(systems: Iterable[str] = ("debian-12",)) -> list[str]:
     return sorted(missing)
 
 
-def require(systems: Iterable[str] = ("debian-12",), mirror: str | None = None) -> None:
+def require(systems: Iterable[str] = ("debian-12",), mirror: str | None = None, *, gpu: bool = False) -> None:
     """Refuses, before anything is touched, with all that this machine lacks."""
-    reasons = list(_reasons(list(systems), mirror))
+    reasons = list(_reasons(list(systems), mirror, gpu))
     if reasons:
         raise LabError("this machine cannot run the lab:\n" + "\n".join(f"  - {reason}" for reason in reasons))
 
 
-def _reasons(systems: list[str], mirror: str | None) -> Iterator[str]:
+def _reasons(systems: list[str], mirror: str | None, gpu: bool) -> Iterator[str]:
     if platform.system() != "Linux":
         yield f"it runs {platform.system()}; the lab needs Linux (systemd-nspawn), which may be a virtual machine."
         return
@@ -54,7 +64,7 @@ def _reasons(systems: list[str], mirror: str | None) -> Iterator[str]:
         yield "the lab mounts file systems and makes network interfaces, so it must be root. Run the command with sudo."
     if _kernel() < OLDEST_KERNEL:
         yield f"its kernel is {platform.release()}; the lab needs Linux {'.'.join(map(str, OLDEST_KERNEL))} or later."
-    if packages := missing_packages(systems):
+    if packages := missing_packages(systems, gpu=gpu):
         yield f"packages are missing. Run: apt-get install --no-install-recommends {' '.join(packages)}"
     if cgroups.unified_hierarchy() is None:
         yield (

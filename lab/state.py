@@ -32,6 +32,7 @@ class Host:
     image: str
     directory: str
     ready: bool = False  # it has answered SSH once; anything less is rebuilt by the next `up`
+    gpu: str = ""  # the machine that it imitates: a row of lab/gpu/machines.py
 
     @property
     def leaf(self) -> str:
@@ -61,6 +62,7 @@ class Lab:
     forwarding_enabled: list[str] = field(default_factory=list)  # interfaces that forward only because of this lab
     apt_proxy: str = ""
     settings: dict[str, Any] = field(default_factory=dict)  # what a host must be told to use the mirror
+    gpu_settings: dict[str, Any] = field(default_factory=dict)  # the same, for hosts with a simulated GPU
     hosts: list[Host] = field(default_factory=list)
 
     @property
@@ -77,6 +79,12 @@ class Lab:
     def known_hosts(self) -> Path:
         """The host keys, written before the hosts boot."""
         return self.directory / "known_hosts"
+
+    def settings_of(self, host: Host) -> dict[str, Any]:
+        """Settings of llmhost for a host. One with a simulated GPU gets the driver; its engine still uses the CPU."""
+        if not host.gpu:
+            return self.settings
+        return {**self.settings, **self.gpu_settings, "driver_source": "cuda-repository"}
 
     def host(self, name: str) -> Host:
         """The host called `name`; LabError lists those there are."""
@@ -192,6 +200,7 @@ def describe(lab: Lab) -> dict[str, Any]:
                 "name": host.name,
                 "ip": host.ip,
                 "os": host.os,
+                "gpu": host.gpu,
                 "running": host.running,
                 "pid": cgroups.init_process(host.leaf),
                 "ssh_key": str(lab.ssh_key),

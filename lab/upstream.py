@@ -19,11 +19,13 @@ MIRROR = [sys.executable, "-m", "lab.mirror"]
 RELEASE_PYTHON = "3.11"  # of the engine and of Open WebUI; hosts with another python3 fetch it through uv
 
 
-def prepare(systems: list[str]) -> None:
+def prepare(systems: list[str], *, gpu: bool = False) -> None:
     """Fills the mirror's cache with what hosts of these operating systems fetch; no work where it is full."""
     argv = [*MIRROR, "prepare", "--cache", _cache()]
     if any(images.operating_system(name).python != RELEASE_PYTHON for name in systems):
         argv.append("--python-builds")
+    if gpu:
+        argv.append("--vendor")
     # Its progress goes where ours goes: standard output is for --json.
     if subprocess.run(argv, cwd=REPOSITORY, stdout=sys.__stderr__, check=False).returncode != 0:
         raise LabError("the mirror's cache could not be filled (see above). Hosts without a mirror: --no-mirror.")
@@ -41,6 +43,7 @@ def ensure(lab: Lab, say: Say, timeout_seconds: float = 60) -> None:
     cgroups.spawn(leaf, serve, output=log, environment={"PYTHONPATH": str(REPOSITORY)})
     announced = _await_announcement(leaf, log, timeout_seconds)
     lab.apt_proxy, lab.settings = announced["apt_proxy"], announced["settings"]
+    lab.gpu_settings = announced["gpu_settings"]
     state.save(lab)
     say(f"mirror: serves on {lab.address}, log in {log}")
 

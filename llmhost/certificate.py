@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmhost.checks import FAILED, PASSED, SKIPPED, Plan, Result, plan_hash
+from llmhost.checks import plan_hash
+from llmhost.evidence import FAILED, PASSED, SKIPPED, Plan, Result
 
 COULD_NOT_RUN = "could-not-run"
 
@@ -26,8 +27,12 @@ def certificate(
     figures: dict[str, float],
     started: datetime,
     finished: datetime,
+    simulated: Sequence[str] = (),
 ) -> Certificate:
-    """The certificate of one host. `started` and `finished` carry a time zone; the file has them in UTC."""
+    """The certificate of one host. `started` and `finished` carry a time zone; the file has them in UTC.
+
+    `simulated` names what of the host is a stand-in for hardware or a vendor's software: nothing on a real one.
+    """
     return {
         "host": host,
         "inventory": inventory,
@@ -35,6 +40,7 @@ def certificate(
         "plan_hash": plan_hash(plan),
         "started": utc(started),
         "finished": utc(finished),
+        "simulated": list(simulated),
         "result": overall(results),
         "checks": [dataclasses.asdict(result) for result in results],
         "figures": dict(sorted(figures.items())),
@@ -75,7 +81,10 @@ def write(document: Certificate, reports: Path) -> Path:
 
 
 def summary(document: Certificate) -> str:
-    """What an operator reads: a line for the host, and three for each check that did not pass."""
+    """What an operator reads: a line for the host, and three for each check that did not pass.
+
+    The line of a host with stand-ins begins with SIMULATED: nothing it says may be taken for a proof of hardware.
+    """
     count = dict.fromkeys((PASSED, FAILED, SKIPPED), 0)
     for check in document["checks"]:
         count[check["state"]] += 1
@@ -90,7 +99,9 @@ def summary(document: Certificate) -> str:
         )
         if name in figures
     ]
-    lines = [f"{document['host']}: {document['result']} ({'; '.join([counts, *measured])})"]
+    simulated = document["simulated"]
+    line = f"{document['host']}: {document['result']} ({'; '.join([counts, *measured])})"
+    lines = [f"SIMULATED {line}", *(f"  not real  {one}" for one in simulated)] if simulated else [line]
     for cause, ids in causes(document["checks"]):
         state, expected, seen, remedy = cause
         lines += [f"  {state} {listed(ids)}", f"    expected  {expected}", f"    seen      {seen}"]

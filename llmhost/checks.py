@@ -1,65 +1,38 @@
-"""What must be true on a deployed host: one row per check, read against what runtime/probe saw there.
-
-A row names the place in the evidence and what its plan expects to be found. No row passes on missing evidence:
-a service that answered wrongly or not at all is `failed`; what could not be looked at is `skipped`, with the reason.
-"""
+"""What must be true on a deployed host: one row per check (llmhost/evidence.py), chosen by the host's plan."""
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
-import json
-import operator
 import urllib.parse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-Plan = dict[str, Any]  # a HostPlan as JSON
-Evidence = dict[str, Any]  # what runtime/probe printed
-
-PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+from llmhost.checks_gpu import container_rows, driver_rows
+from llmhost.evidence import (
+    DEPLOY,
+    SKIPPED,
+    Check,
+    CouldNotLook,
+    Evidence,
+    Plan,
+    Result,
+    ServiceFailed,
+    expectation,
+    find,
+    includes,
+)
+from llmhost.plan.model import hash_of
 
 CLOCK_SECONDS = 60  # sign-in tokens and TLS certificates bear a minute
 RESTARTS_ALLOWED = 2  # a killed engine that came back is healthy; one that keeps dying is not
 SETTLED_SECONDS = 600  # active for this long: whatever made it restart before is over
 
-DEPLOY = "deploy this host again: pyinfra INVENTORY deploy.py"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row. `look` is a path into the evidence; `view` condenses what lies there for the eye and for `agrees`."""
-
-    id: str  # "engine.completion": its group, a dot, what is proven
-    look: str  # "engine/completion/text"
-    expected: Any  # a value, or a function that takes it from the plan
-    remedy: str
-    agrees: Callable[[Any, Any], bool] = operator.eq  # (expected, seen)
-    view: Callable[[Any, Plan], Any] = lambda seen, plan: seen
-
-    @property
-    def group(self) -> str:
-        return self.id.split(".")[0]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one check came to on one host. `seconds` is how long the look itself took; `remedy` is empty when passed."""
-
-    id: str
-    group: str
-    state: str  # PASSED | FAILED | SKIPPED
-    expected: Any
-    seen: Any
-    seconds: float
-    remedy: str
-
 
 def checks(plan: Plan) -> tuple[Check, ...]:
     """The rows that apply to a host with this plan."""
     parts = [part for part in ("engine", "webui") if plan.get(part)]
-    rows = [*HOST, *(row for part in parts for row in part_rows(plan, part))]
+    rows = [*HOST, *driver_rows(plan), *container_rows(plan)]
+    rows += [row for part in parts for row in part_rows(plan, part)]
     if "engine" in parts:
         rows += ENGINE
     if "webui" in parts:
@@ -67,32 +40,11 @@ def checks(plan: Plan) -> tuple[Check, ...]:
     return tuple(rows)
 
 
-def evaluate(check: Check, plan: Plan, evidence: Evidence) -> Result:
-    """Read one row. Never raises: evidence of an unexpected shape fails the check."""
-    expected = expectation(check, plan)
-    seconds = 0.0
-    try:
-        found, seconds = find(evidence, check.look)
-        seen = check.view(found, plan)
-        state = PASSED if check.agrees(expected, seen) else FAILED
-    except ServiceFailed as failure:
-        state, seen, seconds = FAILED, str(failure), failure.seconds
-    except CouldNotLook as reason:
-        state, seen = SKIPPED, str(reason)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        state, seen = FAILED, f"evidence of an unexpected shape at {check.look} ({type(error).__name__}: {error})"
-    return Result(check.id, check.group, state, expected, seen, seconds, "" if state == PASSED else check.remedy)
-
-
 def unreachable(plan: Plan, reason: str, remedy: str) -> tuple[Result, ...]:
     """The results of a host nobody could look at: every row skipped, with the reason."""
     return tuple(
         Result(check.id, check.group, SKIPPED, expectation(check, plan), reason, 0.0, remedy) for check in checks(plan)
     )
-
-
-def expectation(check: Check, plan: Plan) -> Any:
-    return check.expected(plan) if callable(check.expected) else check.expected
 
 
 def figures(evidence: Evidence) -> dict[str, float]:
@@ -108,6 +60,12 @@ def figures(evidence: Evidence) -> dict[str, float]:
     return found
 
 
+def simulated(evidence: Evidence) -> list[str]:
+    """The stand-ins a lab host names: nothing on a real host."""
+    stand_ins: list[str] = evidence.get("simulated", {}).get("stand_ins", [])
+    return stand_ins
+
+
 FIGURES = {
     "ttft_seconds": "engine/completion/ttft_seconds",
     "tokens_per_second": "engine/completion/tokens_per_second",
@@ -118,63 +76,7 @@ FIGURES = {
 }
 
 
-# --- finding evidence -----------------------------------------------------------------------------------------
-
-
-class ServiceFailed(Exception):
-    """The host did not do what was asked of it: a sentence saying what it did instead."""
-
-    def __init__(self, sentence: str, seconds: float) -> None:
-        super().__init__(sentence)
-        self.seconds = seconds
-
-
-class CouldNotLook(Exception):
-    """There is no evidence either way: a sentence saying why."""
-
-
-def find(evidence: Evidence, look: str) -> tuple[Any, float]:
-    """What lies at the path, and the seconds that look took."""
-    node: Any = evidence
-    seconds = 0.0
-    for name in look.split("/"):
-        if not isinstance(node, dict):
-            raise CouldNotLook(f"the probe saw nothing at {look}")
-        refuse(node, look, seconds)
-        if name not in node:
-            raise missing(node, look, evidence, seconds)
-        node = node[name]
-        if isinstance(node, dict) and isinstance(node.get("seconds"), (int, float)):
-            seconds = node["seconds"]
-    if isinstance(node, dict):
-        refuse(node, look, seconds)
-    return node, seconds
-
-
-def refuse(node: dict[str, Any], look: str, seconds: float) -> None:
-    """Stop at a part of the evidence that says why it is not one."""
-    if reason := node.get("could_not_look"):
-        raise CouldNotLook(f"the probe could not look at {look.partition('/')[0]}: {reason}")
-    if node.get("status") == 429:
-        raise CouldNotLook("refused as too frequent (429): Open WebUI allows 15 sign-ins in 3 minutes, wait that long")
-    if error := node.get("error"):
-        status = f"{node['status']}: " if "status" in node else ""
-        raise ServiceFailed(f"{status}{error}", seconds)
-
-
-def missing(node: dict[str, Any], look: str, evidence: Evidence, seconds: float) -> Exception:
-    if "status" in node:
-        return ServiceFailed(f"answered {node['status']}", seconds)
-    if unfinished := evidence.get("probe", {}).get("unfinished"):
-        return ServiceFailed(f"{look} was {unfinished}", seconds)
-    return CouldNotLook(f"the probe saw nothing at {look}")
-
-
 # --- how evidence is read ---------------------------------------------------------------------------------
-
-
-def includes(expected: list[str], seen: list[str]) -> bool:
-    return bool(expected) and set(expected) <= set(seen)
 
 
 def contains(expected: str, seen: str) -> bool:
@@ -276,8 +178,7 @@ def secret_files(plan: Plan) -> dict[str, str]:
 
 def plan_hash(plan: Plan) -> str:
     """HostPlan.hash, of its JSON."""
-    content = {name: value for name, value in plan.items() if name != "hash"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return hash_of(plan)
 
 
 def hash_and_differences(on_host: Plan, plan: Plan) -> str:

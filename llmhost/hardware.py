@@ -8,10 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FACTS_VERSION = "2"
+from llmhost import nvidia_smi
+from llmhost.nvidia_smi import SmiGpu
+
+FACTS_VERSION = "3"
 NVIDIA = "0x10de"
 # PCI classes of things that compute: VGA controller and 3D controller (field notes, nvidia.md); audio is 0x0403.
 GPU_CLASSES = ("0x0300", "0x0302")
+# What systemd-detect-virt calls containers; wsl, which it counts among them, is a platform of its own here.
+CONTAINERS = frozenset(
+    {"docker", "lxc", "lxc-libvirt", "openvz", "podman", "pouch", "proot", "rkt", "systemd-nspawn", "container-other"}
+)
 
 
 class FactsError(ValueError):
@@ -25,7 +32,56 @@ class Gpu:
     address: str
     vendor: str
     device: str
-    driver: str  # kernel driver bound to it, "none" without
+    driver: str  # kernel driver bound to it: "nvidia", "nouveau", "vfio-pci"; "none" without
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An installed kernel, and the nvidia module on disk for it."""
+
+    version: str  # as `uname -r` would say: "6.8.0-149-generic"
+    module_version: str  # "580.178.04", "" without a module
+    module_licence: str  # "Dual MIT/GPL" is the open flavour, "NVIDIA" the closed
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package of interest (kernels, NVIDIA, Docker) that dpkg knows."""
+
+    name: str
+    version: str
+    status: str  # dpkg's two letters: "ii" installed, "hi" installed and held, "rc" removed, "iF" half-configured
+
+
+@dataclass(frozen=True)
+class DriverState:
+    """The NVIDIA driver as it is on the host; versions "" where there is none."""
+
+    loaded_version: str  # of the module in the kernel
+    loaded_modules: str  # "open" | "closed" | ""
+    user_space_version: str  # of nvidia-smi's and libcuda's packages, or of the libcuda that a .run file left
+    smi_version: str  # driver version in nvidia-smi's answer, "" where it gave none
+    cuda_version: str  # newest CUDA the driver runs: "13.0"
+    gpus: tuple[SmiGpu, ...]
+    managed_source: str  # "ubuntu-archive" | "cuda-repository" where llmhost provisioned it, else ""
+
+
+@dataclass(frozen=True)
+class DockerState:
+    """Docker as it is on the host; versions "" where it lacks them."""
+
+    version: str  # the daemon's, "" where none answers
+    compose_version: str  # of the plugin
+    snap: bool  # installed as a snap, whose Docker the container toolkit does not support
+    toolkit_version: str  # nvidia-ctk's
+
+
+@dataclass(frozen=True)
+class AptEntry:
+    """A repository of a vendor that the host knows already."""
+
+    path: str  # "/etc/apt/sources.list.d/docker.list"
+    uri: str  # without user and password
 
 
 @dataclass(frozen=True)
@@ -81,6 +137,14 @@ class Hardware:
     memory_available_bytes: int
     disks: tuple[Disk, ...]
     gpus: tuple[Gpu, ...]
+    nvswitches: int  # PCI bridges of class 0680, else management ports of NVLink 5 switches
+    secure_boot: bool | None  # None where the firmware does not say (no EFI)
+    platform: frozenset[str]  # of "wsl", "jetson", "dgx", "runfile" (a driver installed by NVIDIA's .run)
+    kernels: tuple[Kernel, ...]
+    packages: tuple[Package, ...]
+    driver: DriverState
+    docker: DockerState
+    apt: tuple[AptEntry, ...]
     listeners: tuple[Listener, ...]
     clock_offset_seconds: int
     time_synchronised: bool | None
@@ -91,6 +155,11 @@ class Hardware:
     @property
     def nvidia_gpus(self) -> tuple[Gpu, ...]:
         return tuple(gpu for gpu in self.gpus if gpu.vendor == NVIDIA)
+
+    @property
+    def container(self) -> bool:
+        """Whether this is a container, which shares its host's kernel; virtual machines have their own."""
+        return self.virtualisation in CONTAINERS
 
     def disk_for(self, path: str) -> Disk:
         """The file system that holds `path`: the recorded path with the longest matching prefix."""
@@ -132,6 +201,14 @@ def _hardware(facts: Mapping[str, str]) -> Hardware:
         memory_available_bytes=memory["MemAvailable"],
         disks=_disks(facts["disks"]),
         gpus=_gpus(facts["pci"]),
+        nvswitches=int(facts["nvswitches"]),
+        secure_boot={"1": True, "0": False}.get(facts["secure_boot"]),
+        platform=frozenset(facts["platform"].split()),
+        kernels=tuple(_kernel(line) for line in facts["kernels"].splitlines()),
+        packages=tuple(_package(line) for line in facts["packages"].splitlines()),
+        driver=_driver(facts),
+        docker=_docker(_pairs(facts["docker"])),
+        apt=tuple(_apt_entry(line) for line in facts["apt"].splitlines()),
         listeners=tuple(_listener(line) for line in facts["listeners"].splitlines()),
         clock_offset_seconds=int(facts["host_time"]) - int(facts["controller_time"] or facts["host_time"]),
         time_synchronised={"yes": True, "no": False}.get(facts["time_synchronised"]),
@@ -164,6 +241,48 @@ def _gpus(pci: str) -> tuple[Gpu, ...]:
         for address, vendor, device, class_id, driver in rows
         if class_id.startswith(GPU_CLASSES)
     )
+
+
+def _kernel(line: str) -> Kernel:
+    version, module_version, licence = line.split(" ", 2)
+    return Kernel(version, _said(module_version), _said(licence))
+
+
+def _said(text: str) -> str:
+    return "" if text == "-" else text
+
+
+def _package(line: str) -> Package:
+    name, version, status = line.split()
+    return Package(name, version, status)
+
+
+def _driver(facts: Mapping[str, str]) -> DriverState:
+    loaded = _pairs(facts["nvidia"])
+    smi = nvidia_smi.parse(facts["nvidia_smi"])
+    return DriverState(
+        loaded_version=loaded.get("loaded", ""),
+        loaded_modules=loaded.get("modules", ""),
+        user_space_version=loaded.get("user_space", ""),
+        smi_version=smi.driver_version,
+        cuda_version=smi.cuda_version,
+        gpus=smi.gpus,
+        managed_source=loaded.get("managed", ""),
+    )
+
+
+def _docker(found: Mapping[str, str]) -> DockerState:
+    return DockerState(
+        version=found.get("server", ""),
+        compose_version=found.get("compose", ""),
+        snap=found.get("snap") == "yes",
+        toolkit_version=found.get("toolkit", ""),
+    )
+
+
+def _apt_entry(line: str) -> AptEntry:
+    path, uri = line.rsplit(" ", 1)
+    return AptEntry(path, uri)
 
 
 def _listener(line: str) -> Listener:

@@ -12,6 +12,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -21,7 +22,8 @@ from pydantic_core import PydanticCustomError
 from llmhost.plan.model import Problem
 
 # Names in pyinfra's data that belong to pyinfra itself: connector data and global arguments.
-PYINFRA_PREFIXES = ("_", "ssh_", "docker_", "podman_", "chroot_", "vagrant_", "terraform_", "local_", "fake_")
+PYINFRA_PREFIXES = ("_", "ssh_", "podman_", "chroot_", "vagrant_", "terraform_", "local_", "fake_")
+PYINFRA_NAMES = frozenset({"docker_identifier", "docker_platform", "docker_architecture"})  # docker_source is ours
 
 
 def _url(value: str) -> str:
@@ -74,12 +76,64 @@ def _revision(value: str) -> str:
     return value
 
 
+def _key_file(value: str) -> str:
+    if not value:
+        raise ValueError('a repository without a key is not used: expected "vendor" or the path of a public key')
+    return value if value == "vendor" else _control_path(value)
+
+
+def _control_path(value: str) -> str:
+    # Relative paths would mean another file in each working directory.
+    if value and not Path(value).expanduser().is_absolute():
+        raise ValueError("expected the absolute path of a file on this machine")
+    return value
+
+
+def _host_list(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9.,:/*_-]*", value):
+        raise ValueError("expected host names, domains or addresses separated by commas")
+    return value
+
+
+# Branches that are no more, and what took their place (field notes, nvidia.md, section 0).
+_ENDED_BRANCHES = {"470": "580", "515": "580", "535": "580", "550": "580", "570": "580", "590": "595", "610": "615"}
+BRANCHES = ("580", "595", "615")
+
+
+def _branch(value: str) -> str:
+    if value in _ENDED_BRANCHES:
+        raise ValueError(f"branch {value} is end of life; its successor is {_ENDED_BRANCHES[value]}")
+    if value not in BRANCHES:
+        raise ValueError(f"there is no branch {value}; expected one of {', '.join(BRANCHES)}")
+    return value
+
+
+def _cuda_version(value: str) -> str:
+    if not re.fullmatch(r"1[23]\.\d", value):
+        raise ValueError("expected a CUDA version such as 13.0, in quotes")
+    return value
+
+
+def _toolkit_version(value: str) -> str:
+    parts = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", value)
+    if not parts:
+        raise ValueError("expected a version such as 1.20.0")
+    if tuple(map(int, parts.groups())) < (1, 19, 1):
+        # CVE-2025-23266, 2025-23267 (1.17.8), CVE-2026-24260 (1.19.1): field notes, nvidia.md, section 4.
+        raise ValueError(
+            f"{value} has known vulnerabilities (CVE-2025-23266, CVE-2026-24260); expected 1.19.1 or newer"
+        )
+    return value
+
+
 def _text(value: Any) -> Any:
     # `--data driver_branch=580` arrives as a number: pyinfra parses what it can.
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 Url = Annotated[str, AfterValidator(_url)]
+Key = Annotated[str, AfterValidator(_key_file)]
+_KEY = "Public key that signs {}: `vendor`, or a file on this machine."
 Port = Annotated[int, Field(ge=1024, le=65535)]
 
 
@@ -126,7 +180,8 @@ class Settings(BaseModel):
         None, description="vLLM's `--max-num-seqs`, set by hand; unset lets the planner choose."
     )
     engine_kv_cache_gib: Annotated[float, Field(gt=0, le=4096)] | None = Field(
-        None, description="Memory for the KV cache on a CPU host, in GiB; unset lets the planner choose."
+        None,
+        description="Memory for the KV cache, in GiB; unset lets the planner choose (on NVIDIA hosts: vLLM itself).",
     )
     engine_api_key: Annotated[SecretStr | None, AfterValidator(_key)] = Field(
         None, description="Key of the engine's API; unset generates one on the host."
@@ -162,11 +217,69 @@ class Settings(BaseModel):
         "", description="uv's list of Python builds (UV_PYTHON_DOWNLOADS_JSON_URL); empty is the list built into uv."
     )
 
-    driver_branch: Annotated[Literal["580", "595", "615"], BeforeValidator(_text)] = Field(
-        "580", description="NVIDIA driver branch (NVIDIA hosts)."
+    mirror_apt_archive: Url = Field(
+        "",
+        description="Archive of the host's distribution; empty leaves the host's own sources.",
+    )
+    mirror_apt_security: Url = Field(
+        "",
+        description="Its security updates, where they lie elsewhere; empty takes them from mirror_apt_archive.",
+    )
+    mirror_cuda: Url = Field(
+        "https://developer.download.nvidia.com/compute/cuda/repos",
+        description="NVIDIA's CUDA repository, above its directories for each distribution.",
+    )
+    mirror_cuda_key: Key = Field("vendor", description=_KEY.format("the CUDA repository"))
+    mirror_container_toolkit: Url = Field(
+        "https://nvidia.github.io/libnvidia-container/stable/deb",
+        description="Repository of NVIDIA's container toolkit, above its directories for each architecture.",
+    )
+    mirror_container_toolkit_key: Key = Field("vendor", description=_KEY.format("the container toolkit's repository"))
+    mirror_docker: Url = Field(
+        "https://download.docker.com/linux",
+        description="Docker's repository, above its directories for each distribution.",
+    )
+    mirror_docker_key: Key = Field("vendor", description=_KEY.format("Docker's repository"))
+    mirror_registry: Url = Field("", description="Mirror of Docker Hub that the host's Docker asks first; empty: none.")
+
+    proxy_http: Url = Field("", description="Proxy for http:// that apt, uv, the hub's client and Docker use.")
+    proxy_https: Url = Field("", description="The same for https://.")
+    proxy_bypass: Annotated[str, AfterValidator(_host_list)] = Field(
+        "localhost,127.0.0.1,::1", description="Hosts and domains asked without the proxy, separated by commas."
+    )
+    ca_certificate: Annotated[str, AfterValidator(_control_path)] = Field(
+        "", description="File on this machine: certificate (PEM) of a CA that hosts shall trust too; empty: none."
+    )
+
+    driver_source: Literal["auto", "none", "installed", "ubuntu-archive", "cuda-repository"] = Field(
+        "auto",
+        description="Where the NVIDIA driver comes from; `auto` keeps a driver that will do, else takes Ubuntu's "
+        "archive (on Debian NVIDIA's repository), and none where the engine runs on the CPU.",
+    )
+    driver_branch: Annotated[str, BeforeValidator(_text), AfterValidator(_branch)] = Field(
+        "580", description="NVIDIA driver branch: 580 (to June 2028), 595 (to March 2027) or 615."
+    )
+    driver_modules: Literal["auto", "open", "closed"] = Field(
+        "auto", description="Flavour of the driver's kernel modules; `auto` decides by the GPU's generation."
     )
     reboot_allowed: Literal["auto", "never"] = Field(
         "auto", description="Whether a host may be rebooted once when its driver needs it (NVIDIA hosts)."
+    )
+    cuda_toolkit: Literal["none", "venv", "system"] = Field(
+        "none",
+        description="CUDA compiler, for those who compile kernels: `venv` uses the one that the engine's wheels bring, "
+        "`system` installs NVIDIA's packages. The engine needs none.",
+    )
+    cuda_toolkit_version: Annotated[str, BeforeValidator(_text), AfterValidator(_cuda_version)] = Field(
+        "13.0", description="CUDA version of the toolkit; not above the driver's."
+    )
+    docker_source: Literal["auto", "none", "installed", "docker-ce", "distribution"] = Field(
+        "auto",
+        description="Where Docker comes from; `auto` keeps one that will do, else takes docker-ce on NVIDIA hosts, and "
+        "none where the host gets no NVIDIA driver.",
+    )
+    container_toolkit_version: Annotated[str, AfterValidator(_toolkit_version)] = Field(
+        "1.20.0", description="Version of NVIDIA's container toolkit, at least 1.19.1."
     )
 
 
@@ -206,12 +319,16 @@ def load(layers: Iterable[Layer]) -> Loaded:
     sources: dict[str, str] = {}
     for layer in layers:
         for name, value in layer.data.items():
-            if not name.startswith(PYINFRA_PREFIXES) and name not in values:
+            if not _of_pyinfra(name) and name not in values:
                 values[name], sources[name] = value, layer.source
     try:
         return Loaded(Settings.model_validate(values), sources)
     except ValidationError as error:
         raise SettingsError(tuple(_problem(e, sources) for e in error.errors())) from None
+
+
+def _of_pyinfra(name: str) -> bool:
+    return name in PYINFRA_NAMES or name.startswith(PYINFRA_PREFIXES)
 
 
 def secret_names() -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmhost import certificate
-from llmhost.checks import Plan
+from llmhost.evidence import Plan
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ACCEPTANCE = REPOSITORY / "tests" / "acceptance"

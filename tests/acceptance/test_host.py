@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmhost.certificate import text
-from llmhost.checks import FAILED, SKIPPED, Result
+from llmhost.evidence import FAILED, SKIPPED, Result
 
 
 def test_host(result: Result) -> None:

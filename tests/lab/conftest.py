@@ -13,19 +13,19 @@ from tests.lab.spine import NewHost, certificate_path, deploy
 
 @pytest.fixture(scope="session")
 def new_host() -> Iterator[NewHost]:
-    """new_host(label, os): a fresh host in the session's lab; one of that label before it is thrown away."""
+    """new_host(label, os, gpu): a fresh host in the session's lab; one of that label before it is thrown away."""
     try:
         preflight.require(["debian-12", "debian-13"])
     except LabError as refusal:
         pytest.skip(str(refusal))
     prefix = f"sp{secrets.token_hex(2)}"
 
-    def fresh(label: str, system: str = "debian-12") -> str:
+    def fresh(label: str, system: str = "debian-12", gpu: str = "") -> str:
         name = state.host_name(prefix, label)
         if lab := state.load(prefix):
             for host in [host for host in lab.hosts if host.name == name]:
                 hosts.remove(lab, host)
-        life.up(life.requests([f"{label}={system}"], 1), prefix, life.Options())
+        life.up(life.requests([f"{label}={system}"], 1, gpu), prefix, life.Options())
         made.append(name)
         return name
 

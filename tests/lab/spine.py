@@ -24,7 +24,7 @@ PYINFRA = [sys.executable, "-m", "pyinfra"]
 LLMHOST = [sys.executable, "-c", "from llmhost.cli import app; app()"]
 INVENTORY = "inventories/lab.py"
 
-NewHost = Callable[[str, str], str]  # of a label and an operating system: see conftest.py
+NewHost = Callable[..., str]  # of a label, an operating system and simulated GPUs: see conftest.py
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,19 @@ class Deploy:
     """`pyinfra inventories/lab.py deploy.py -y --limit HOST` in a process group of its own, as a terminal has it."""
 
     def __init__(
-        self, host: str, *words: str, inventory: str = INVENTORY, environment: dict[str, str] | None = None
+        self,
+        host: str,
+        *words: str,
+        inventory: str = INVENTORY,
+        environment: dict[str, str] | None = None,
+        program: str = "deploy.py",
     ) -> None:
         # Files, not pipes: nobody has to read along for the run to go on.
         self._stdout = tempfile.NamedTemporaryFile("w")  # noqa: SIM115
         self._stderr = tempfile.NamedTemporaryFile("w")  # noqa: SIM115
         self._began = time.monotonic()
         self._process = subprocess.Popen(
-            [*PYINFRA, inventory, "deploy.py", "-y", "--json", "--limit", host, *words],
+            [*PYINFRA, inventory, program, "-y", "--json", "--limit", host, *words],
             cwd=REPOSITORY,
             env={**os.environ, "LLMHOST_LAB": state.prefix_of(host), **(environment or {})},
             stdin=subprocess.DEVNULL,
@@ -103,9 +108,10 @@ def deploy(
     inventory: str = INVENTORY,
     environment: dict[str, str] | None = None,
     timeout_seconds: float = 400,
+    program: str = "deploy.py",
 ) -> Ended:
     """Deploy one host to the end."""
-    run = Deploy(host, *words, inventory=inventory, environment=environment)
+    run = Deploy(host, *words, inventory=inventory, environment=environment, program=program)
     try:
         return run.end(timeout_seconds)
     except BaseException:

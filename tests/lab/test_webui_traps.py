@@ -155,7 +155,7 @@ def _free_port() -> int:
 
 def planned(engine: FakeOpenAI, directory: Path) -> dict[str, str]:
     """The plan's own environment for this engine, with its data in `directory`."""
-    release = Release("open-webui", "0.12.4", "", "", "3.11", "system", False, "", "", "", "", 0, 0)
+    release = Release("open-webui", "0.12.4", "", "", "3.11", "system", False, "", "", (), "", "", "", 0, 0)
     model = Model(MODEL, "", "", "", MODEL, 270 << 20, "", "", "Paris")
     service = Service("vllm.service", (), 600)
     plan = EnginePlan("cpu", "0.32.0", "venv", "127.0.0.1", engine.port, release, model, service, {}, {}, 0, 0, 0)

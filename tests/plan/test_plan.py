@@ -111,6 +111,8 @@ def test_a_port_held_by_llmhost_itself_is_its_own() -> None:
         ({"engine_kv_cache_gib": 4000}, "engine_kv_cache_gib", "more than memory leaves", "at most"),
         ({"webui_port": 8000}, "webui_port", "engine_port is 8000 too", "own port"),
         ({"accelerator": "nvidia"}, "accelerator", "no NVIDIA GPU", "cpu"),
+        ({"mirror_apt_security": "http://m.example/s"}, "mirror_apt_security", "without mirror_apt_archive", "both"),
+        ({"mirror_apt_archive": "http://m.example/d"}, "mirror_apt_security", "archive of their own", "debian-sec"),
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(data: dict[str, Any], setting: str, words: str, remedy: str) -> None:
@@ -155,7 +157,7 @@ def test_a_cache_that_memory_cuts_short_says_so() -> None:
     p = planned(bare(meminfo="MemTotal: 3900000 kB\nMemAvailable: 3000000 kB"))
     assert p.engine
     reason = next(d.reason for d in p.decisions if d.setting == "kv_cache_bytes")
-    assert p.engine.kv_cache_bytes < 4 * 8192 * 23040
+    assert p.engine.kv_cache_bytes and p.engine.kv_cache_bytes < 4 * 8192 * 23040
     assert "what memory leaves" in reason
 
 
@@ -163,11 +165,13 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu() -> None:
     assert decision(planned(bare()), "accelerator") == "cpu"
 
 
-def test_auto_on_a_gpu_host_is_refused_until_it_is_supported() -> None:
-    problem = only_problem(bare(pci=A100))
-    assert problem.setting == "accelerator"
-    assert "1 NVIDIA GPU" in problem.message
-    assert planned(bare(pci=A100), accelerator="cpu").problems == ()
+def test_auto_takes_the_gpu_where_there_is_one_and_leaves_it_alone_on_request() -> None:
+    p = planned(bare(pci=A100))
+    assert p.problems == ()
+    assert decision(p, "accelerator") == "nvidia"
+    assert p.driver and p.containers
+    on_the_cpu = planned(bare(pci=A100), accelerator="cpu")
+    assert (on_the_cpu.problems, on_the_cpu.driver, on_the_cpu.containers) == ((), None, None)
 
 
 def test_the_plan_of_a_converged_host_is_the_plan_of_the_bare_one() -> None:
@@ -221,7 +225,7 @@ def test_what_is_planned_fits(
     if p.refused:
         assert all(problem.message and problem.remedy for problem in p.problems)
         return
-    assert p.engine and p.engine.kv_cache_tokens
+    assert p.engine and p.engine.kv_cache_tokens and p.engine.kv_cache_bytes
     entry = models()[name]
     held = NEIGHBOURS_BYTES + ENGINE_OVERHEAD_BYTES + entry.weights_bytes + p.engine.kv_cache_bytes
     assert held <= hardware.memory_bytes

@@ -19,9 +19,11 @@ from pyinfra.api.deploy import add_deploy
 from pyinfra.api.operations import run_ops
 from pyinfra.connectors.fake import FakeConnector
 
+from infra.trust import CONFIGURATION
 from llmhost.catalogue import ROOT, uv_version
 from llmhost.plan.host import plan
 from llmhost.plan.model import HostPlan
+from llmhost.render import render
 from llmhost.settings import Layer, load
 from tests.recorded import OS_RELEASES, facts
 from tests.recorded import bare as recorded_host
@@ -32,10 +34,12 @@ SECRETS = {
     "webui_admin_password": "admin-password-of-the-operator-2",
     "model_hub_token": "hf_token-of-the-operator-3",
 }
+APT = render(CONFIGURATION, proxies={}, direct=[])
 UNITS = ("vllm.service", "open-webui.service", "llmhost.target")
 WRITES = r"os\.rename\(part, path\)"
 # What a bare host gets, one expression a command.
 STORY = (
+    r"mv /etc/apt/apt\.conf\.d/95llmhost\.llmhost-part /etc/apt/apt\.conf\.d/95llmhost",
     r"apt-get .*install ca-certificates .*python3-venv",
     r"^groupadd .*llmhost$",
     r"^useradd .*llmhost$",
@@ -148,6 +152,7 @@ def bare(**changes: str) -> Answers:
         "facts_version": facts(**changes),
         "uname -s": "Linux",
         "command -v useradd": "/usr/sbin/useradd",
+        "VERSION_CODENAME": ["system debian bookworm", "updater"],
         "import grp, hashlib": "{}",
         '"systemctl", "show"': "{}",
     }
@@ -165,6 +170,12 @@ def converged(before: Run, **changes: Any) -> Answers:
     packages = [package for package in made.base.packages if package != changes.get("package_removed")]
     return {
         **bare(),
+        "VERSION_CODENAME": [
+            "system debian bookworm",
+            f"file {CONFIGURATION} 644:root:root",
+            f"sum {changes.get('apt', hashlib.sha256(APT.encode()).hexdigest())}  {CONFIGURATION}",
+            "updater",
+        ],
         "dpkg-query": [f"{package} installed" for package in packages],
         "cat /etc/group": "llmhost:x:999:",
         "cut -d: -f1": "llmhost:x:999:999::/var/lib/llmhost:/usr/sbin/nologin|llmhost|llmhost||!",
@@ -265,6 +276,7 @@ def test_a_converged_host_gets_questions_only(fresh: Run) -> None:
 @pytest.mark.parametrize(
     ("changes", "changed", "action"),
     [
+        ({"apt": "another"}, "Base system | trust and addresses", r"mv \S+ /etc/apt/apt\.conf\.d/95llmhost"),
         ({"package_removed": "libnuma1"}, "Base system | distribution packages", "install libnuma1$"),
         ({"secrets": ["VLLM_API_KEY"]}, "Base system | secrets", "secrets apply"),
         ({"model_complete": False}, "Model | smollm2-135m-instruct at ", "fetch-model"),
@@ -282,7 +294,7 @@ def test_a_converged_host_gets_questions_only(fresh: Run) -> None:
         ({"units": vllm(active="failed")}, "Engine | vllm.service", r"systemctl start vllm\.service"),
         ({"units": vllm(enabled="disabled")}, "Engine | vllm.service", r"systemctl enable .*vllm\.service"),
     ],
-    ids=["package", "secret", "model", "content", "mode", "stale", "failed", "disabled"],
+    ids=["apt", "package", "secret", "model", "content", "mode", "stale", "failed", "disabled"],
 )
 def test_what_differs_is_mended_and_nothing_else(fresh: Run, changes: Any, changed: str, action: str) -> None:
     mended = deploy(converged(fresh, **changes))

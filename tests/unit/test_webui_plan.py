@@ -27,6 +27,8 @@ RELEASE = Release(
     python_source="system",
     torch_index=False,
     alias="",
+    cuda_home="",
+    os_packages=(),
     identity="open-webui-0.12.4-000000000000",
     path="/opt/llmhost/releases/open-webui-0.12.4-000000000000",
     current="/opt/llmhost/current-open-webui",
@@ -169,7 +171,7 @@ def test_every_variable_has_a_reason_of_one_sentence_or_more() -> None:
     assert [reason for reason in REASONS.values() if "\n" in reason or not reason.endswith(".")] == []
 
 
-@given(st.text(st.characters(exclude_categories=["C"]), min_size=1))
+@given(st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=64))
 def test_the_rendered_environment_reads_back_the_same(admin_name: str) -> None:
     plan = planned(webui_admin_name=admin_name)
     assert read_environment_file(render("/etc/llmhost/open-webui.env", webui=plan, webui_reasons=REASONS)) == (
