@@ -28,6 +28,10 @@ SOURCES = "/etc/apt/sources.list.d"
 KEYRINGS = "/etc/apt/keyrings"
 PREFERENCES = "/etc/apt/preferences.d"
 
+_PINS = f"{PREFERENCES}/llmhost"
+_UNATTENDED = "/etc/apt/apt.conf.d/52llmhost-unattended-upgrades"
+_SOURCE, _KEY = f"{SOURCES}/llmhost-{{}}.sources", f"{KEYRINGS}/llmhost-{{}}.asc"
+
 # Names of repositories that a plan may have.
 _NAMES = ("nvidia-cuda", "docker", "nvidia-container-toolkit")
 # Where else the repository that a setting names is found: its maker's own address, and repositories in a directory.
@@ -47,12 +51,12 @@ _OPENPGP = inspect.getsource(openpgp)
 
 def source_file(source: AptSource) -> str:
     """Where a repository is named on the host."""
-    return f"{SOURCES}/llmhost-{source.name}.sources"
+    return _SOURCE.format(source.name)
 
 
 def key_file(source: AptSource) -> str:
     """Where its key lies on the host."""
-    return f"{KEYRINGS}/llmhost-{source.name}.asc"
+    return _KEY.format(source.name)
 
 
 def repositories(sources: Sequence[AptSource]) -> list[HostFile]:
@@ -65,13 +69,20 @@ def repositories(sources: Sequence[AptSource]) -> list[HostFile]:
 def policy(plan: HostPlan) -> list[HostFile]:
     """What may come from where, and what unattended upgrades must leave alone; of the whole plan, in one file each."""
     parts = [part for part in (plan.driver, plan.containers) if part]
-    pins = [pin for part in parts for pin in part.pins]
+    # apt takes the first entry that names a package: the toolkit's own before the driver's nvidia-*.
+    pins = [pin for part in reversed(parts) for pin in part.pins]
     frozen = list(dict.fromkeys(pattern for part in parts for pattern in part.frozen))
-    unattended = "/etc/apt/apt.conf.d/52llmhost-unattended-upgrades"
     return [
-        HostFile(f"{PREFERENCES}/llmhost", render(f"{PREFERENCES}/llmhost", pins=pins)),
-        HostFile(unattended, render(unattended, frozen=frozen)),
+        HostFile(_PINS, render(_PINS, pins=pins)),
+        HostFile(_UNATTENDED, render(_UNATTENDED, frozen=frozen)),
     ]
+
+
+def leftovers(plan: HostPlan) -> list[str]:
+    """Files of repositories and policy that an earlier plan may have left, and that this one has no use for."""
+    planned = [source.name for source in planned_sources(plan)]
+    files = [path.format(name) for name in _NAMES if name not in planned for path in (_SOURCE, _KEY)]
+    return files if plan.driver or plan.containers else [_PINS, _UNATTENDED, *files]
 
 
 def planned_sources(plan: HostPlan) -> list[AptSource]:
@@ -210,7 +221,7 @@ def trusted(
 
 
 def _own_files() -> list[str]:
-    return [f"{SOURCES}/llmhost-{name}.sources" for name in _NAMES]
+    return [_SOURCE.format(name) for name in _NAMES]
 
 
 def _asked(source: AptSource) -> dict[str, str]:

@@ -114,6 +114,24 @@ def tree(entries: Sequence[Entry]) -> Generator[StringCommand]:
         host.noop(f"{len(entries)} files and directories are as planned")
 
 
+@operation()
+def absent(paths: Sequence[str]) -> Generator[StringCommand]:
+    """None of these files is there.
+
+    + paths: files of llmhost's own; directories are left
+    """
+    looked = host.get_fact(TreeState, argument=json.dumps(dict.fromkeys(paths, False)))
+    if failed_look(looked):
+        return
+    present = [path for path in paths if (looked or {}).get(path, {}).get("kind", "directory") != "directory"]
+    for path in present:
+        logger.info(f"{host.print_prefix}remove {path}, which is no longer planned")
+    if present:
+        yield StringCommand("rm", "-f", *map(QuoteString, present))
+    else:
+        host.noop("none of them is there")
+
+
 def _look(entries: Sequence[Entry]) -> dict[str, dict[str, str]] | None:
     with_text = bool(state.config.DIFF)
     wanted = {entry.path: with_text and isinstance(entry, HostFile) for entry in entries}

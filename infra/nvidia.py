@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from pyinfra import host, logger
@@ -13,19 +13,14 @@ from infra.facts import JsonFact, failed_look
 from infra.halt import halt
 from infra.reboot import is_this_machine, rebooted
 from infra.systemd import UnitStates
-from llmhost.modules import Action, Due, Module, ModuleState, due
+from llmhost.modules import REBOOT_RECORD, Action, Due, Module, ModuleState, Reboot, due, extra_modules, stranding
 from llmhost.plan.model import DriverPlan
 
 PERSISTENCE = "nvidia-persistenced.service"
+FABRIC_MANAGER = "nvidia-fabricmanager.service"
 BLACKLIST = "/etc/modprobe.d/llmhost-nouveau.conf"
-# In the order in which they come out, and the modules that use each of them.
-MODULES: dict[str, tuple[str, ...]] = {
-    "nvidia_uvm": (),
-    "nvidia_drm": (),
-    "nvidia_modeset": ("nvidia_drm",),
-    "nvidia_peermem": (),
-    "nvidia": ("nvidia_uvm", "nvidia_modeset", "nvidia_peermem"),
-}
+# In the order in which they come out.
+MODULES = ("nvidia_uvm", "nvidia_drm", "nvidia_modeset", "nvidia_peermem", "nvidia")
 
 Commands = Generator[StringCommand | FunctionCommand]
 
@@ -35,7 +30,7 @@ class NvidiaModules(JsonFact):
 
     program = r"""
 import glob, json, os, re, subprocess, sys
-blacklist, used_by = json.loads(sys.argv[1])
+blacklist, names, extra, record = json.loads(sys.argv[1])
 os.environ["PATH"] += ":/usr/sbin:/sbin"
 def text(path):
     try: return open(path, errors="replace").read().strip()
@@ -65,8 +60,10 @@ def user_space():
     unpacked = [words[1] for words in found if len(words) == 3 and words[2][1] not in "ncH"]
     return max((full.rpartition(":")[2].partition("-")[0] for full in unpacked), key=by_number, default="")
 def loaded(name): return os.path.exists("/sys/module/" + name)
-def uses(name):
-    return int(text("/sys/module/%s/refcnt" % name) or 0) - sum(loaded(other) for other in used_by[name])
+# A module's users are counted among its references (lsmod: nvidia 3 nvidia_uvm,nvidia_drm,nvidia_modeset).
+def users(name): return listed("/sys/module/%s/holders" % name)
+def uses(name): return int(text("/sys/module/%s/refcnt" % name) or 0) - len(users(name))
+def strangers(): return ["the module " + other for name in names for other in users(name) if other not in names]
 def holder(pid):
     unit = re.findall(r"([^/]+\.(?:service|scope))(?:/|$)", text("/proc/%s/cgroup" % pid))
     return unit[-1] if unit else text("/proc/%s/comm" % pid)
@@ -81,17 +78,28 @@ def bound():
         driver = os.path.basename(os.path.realpath(device + "/driver"))
         is_gpu = text(device + "/vendor") == "0x10de" and text(device + "/class")[:6] in ("0x0300", "0x0302")
         if is_gpu and driver not in ("driver", "nvidia"): yield driver
-def stale():
-    images = glob.glob("/boot/initrd.img-*")
-    return os.path.exists(blacklist) and any(os.stat(image).st_mtime < os.stat(blacklist).st_mtime for image in images)
+def written(path):
+    try: return os.stat(path).st_mtime
+    except OSError: return None
+def stale(kernels):
+    made = [written("/boot/initrd.img-" + kernel) for kernel in kernels]
+    since = written(blacklist)
+    return since is not None and any(time < since for time in made if time is not None)
+def rebooted():
+    try:
+        told = json.loads(text(record))
+        return {"reason": told["reason"], "boot_id": told["boot_id"]}
+    except (ValueError, KeyError, TypeError): return None
 running = said("uname", "-r")
-newest = kernels(running)[-1]
+installed = kernels(running)
+newest = installed[-1]
 print(json.dumps({"boot_id": text("/proc/sys/kernel/random/boot_id"), "kernel": running, "newest_kernel": newest,
     "loaded": module(text("/sys/module/nvidia/version"), "Open Kernel Module" in text("/proc/driver/nvidia/version")),
     "uvm": loaded("nvidia_uvm"), "disk": on_disk(running), "newest": on_disk(newest),
-    "user_space": user_space(), "references": sum(max(0, uses(name)) for name in used_by),
-    "bound": sorted(set(bound())), "initramfs_stale": stale(),
-    "holders": sorted({holder(pid) for pid in listed("/proc") if pid.isdigit() and opened(pid)})}))
+    "user_space": user_space(), "references": sum(max(0, uses(name)) for name in names),
+    "bound": sorted(set(bound())), "initramfs_stale": stale(installed), "rebooted": rebooted(),
+    "lacking": [name for name in extra if not loaded(name)],
+    "holders": sorted({*strangers(), *(holder(pid) for pid in listed("/proc") if pid.isdigit() and opened(pid))})}))
 """
 
 
@@ -113,95 +121,141 @@ def module_running(driver: DriverPlan, drain: tuple[str, ...]) -> Commands:
     + drain: services that use the GPU and are started again by their own steps
     """
     tried: list[Action] = []
-    while (seen := _look()) is not None:
+    while (seen := _look(driver)) is not None:
         step = due(seen, driver, tried)
         if step.action == "nothing":
-            if not tried:
+            if seen.rebooted:
+                yield StringCommand("rm", "-f", REBOOT_RECORD)
+            elif not tried:
                 host.noop(step.reason)
             return
-        _announce(step, tried)
+        if step.action != "stop":  # which says it itself
+            _announce(step, tried)
         tried.append(step.action)
-        yield from _act(step, seen, driver, drain)
+        yield from _act(step, seen, driver, drain, tried)
     if not failed_look(seen):  # before the run: the host has no Python yet
-        yield _load()
+        yield _load(driver)
 
 
-def _look() -> ModuleState | None:
-    seen: dict[str, Any] | None = host.get_fact(NvidiaModules, argument=json.dumps([BLACKLIST, MODULES]))
+@operation()
+def replaceable(driver: DriverPlan) -> Commands:
+    """Stop before the packages change, where the loaded module could not follow them and no reboot may."""
+    seen = _look(driver)
+    step = stranding(seen, driver) if seen else None
+    if seen and step and (refusal := _refusal(step, seen, driver)):
+        yield halt(f"{refusal}. No package was changed")
+        return
+    host.noop("the packages may change" if step else "the loaded module stays, or nobody else uses it")
+
+
+def _look(driver: DriverPlan) -> ModuleState | None:
+    asked = json.dumps([BLACKLIST, MODULES, extra_modules(driver), REBOOT_RECORD])
+    seen: dict[str, Any] | None = host.get_fact(NvidiaModules, argument=asked)
     if seen is None:
         return None
     modules = {name: Module(**seen[name]) for name in ("loaded", "disk", "newest")}
-    several = {name: tuple(seen[name]) for name in ("holders", "bound")}
-    return ModuleState(**{**seen, **modules, **several})
+    several = {name: tuple(seen[name]) for name in ("holders", "bound", "lacking")}
+    rebooted = Reboot(**seen["rebooted"]) if seen["rebooted"] else None
+    return ModuleState(**{**seen, **modules, **several, "rebooted": rebooted})
 
 
-def _act(step: Due, seen: ModuleState, driver: DriverPlan, drain: tuple[str, ...]) -> Commands:
+def _act(step: Due, seen: ModuleState, driver: DriverPlan, drain: tuple[str, ...], tried: list[Action]) -> Commands:
     if step.action == "stop":
-        yield halt(f"{step.reason}. See docs/driver.md, when a host stops")
+        yield halt(f"{step.words}. See docs/driver.md, when a host stops")
     elif step.action == "initramfs":
         yield StringCommand("update-initramfs", "-u", "-k", "all")
     elif step.action == "load":
-        yield _load()
+        yield _load(driver)
     elif step.action == "reload":
-        yield from _reload(drain)
+        yield from _reload(driver, drain, tried)
     elif refusal := _refusal(step, seen, driver):
         yield halt(refusal)
     else:
-        yield from rebooted(seen.boot_id)
+        yield from rebooted(REBOOT_RECORD, step.reason, seen.boot_id)
 
 
 # NoNewPrivileges keeps the engine from nvidia-modprobe, which would load nvidia_uvm and make its node on demand.
 _LOAD = r"""
-said=$(modprobe nvidia 2>&1 && modprobe nvidia_uvm 2>&1) || {
-    echo "modprobe: $said" >&2
+for module in {modules}; do
+    said=$(timeout 300 modprobe "$module" 2>&1) && continue
+    echo "modprobe $module: ${{said:-no end within 300 s}}" >&2
     case $said in *"rejected by service"* | *"Required key not available"*)
         echo "Secure Boot refuses the module: it is signed by no key that this machine trusts (docs/driver.md)" >&2 ;;
     esac
     journalctl --dmesg --grep=NVRM --lines=10 --output=cat --no-pager >&2
     exit 1
-}
-if command -v nvidia-modprobe >/dev/null; then nvidia-modprobe -u -c=0; fi
-nvidia-smi -L >/dev/null || { nvidia-smi >&2; exit 1; }
+done
+if command -v nvidia-modprobe >/dev/null; then timeout 60 nvidia-modprobe -u -c=0; fi
+# A GPU that fell off the bus keeps nvidia-smi for ever; eight of them initialise in a minute.
+said=$(timeout 300 nvidia-smi -L 2>&1) || {{ echo "nvidia-smi -L: ${{said:-no answer within 300 s}}" >&2; exit 1; }}
 """
 
 
-def _load() -> StringCommand:
-    return StringCommand("sh", "-c", QuoteString(_LOAD))
+def _load(driver: DriverPlan) -> StringCommand:
+    modules = " ".join(("nvidia", "nvidia_uvm", *extra_modules(driver)))
+    return StringCommand("sh", "-c", QuoteString(_LOAD.format(modules=modules)))
 
 
 # A module that is still in use stays: the next look sees it, and a reboot follows.
 _UNLOAD = r"""
 for module in {modules}; do
     [ -d "/sys/module/$module" ] || continue
-    modprobe -r "$module" || exit 0
+    timeout 120 modprobe -r "$module" || exit 0
 done
 """
 
 
-def _reload(drain: tuple[str, ...]) -> Commands:
-    services = (*drain, PERSISTENCE, "nvidia-fabricmanager.service")
+def _reload(driver: DriverPlan, drain: tuple[str, ...], tried: list[Action]) -> Commands:
+    """Out and in again; where they stay, and no reboot may follow, the services that were stopped are started again."""
+    services = (*drain, PERSISTENCE, FABRIC_MANAGER)
+    stopped = _running(services)
     # A service that is not there needs no stopping.
     yield StringCommand("systemctl", "stop", *map(QuoteString, services), "2>/dev/null", "||", "true")
-    seen = _look()
-    if seen is None or seen.references:
-        return  # the next step is a reboot
-    unload = QuoteString(_UNLOAD.format(modules=" ".join(MODULES)))
-    yield StringCommand("sh", "-c", unload)
-    seen = _look()
-    if seen and not seen.loaded.version:
-        yield _load()
+    seen = _look(driver)
+    if seen and not seen.references:
+        yield StringCommand("sh", "-c", QuoteString(_UNLOAD.format(modules=" ".join(MODULES))))
+        seen = _look(driver)
+    if seen is None:
+        return
+    if not seen.loaded.version:
+        yield _load(driver)
+        return
+    step = due(seen, driver, tried)
+    why = step.words if step.action == "stop" else _refusal(step, seen, driver)
+    if why:
+        yield from _started_again(stopped, why)
+
+
+def _running(units: Sequence[str]) -> list[str]:
+    states = host.get_fact(UnitStates, argument=json.dumps(dict.fromkeys(units, ()))) or {}
+    return [unit for unit in units if states.get(unit, {}).get("active") in ("active", "activating", "reloading")]
+
+
+def _started_again(units: Sequence[str], why: str) -> Commands:
+    """The host is left as it was found as far as it can be, and then the run on it ends."""
+    if not units:
+        yield halt(why)
+        return
+    _tell(f"start {', '.join(units)} again")
+    yield StringCommand("systemctl", "start", *map(QuoteString, units), "||", "true")
+    running = _running(units)
+    down = [unit for unit in units if unit not in running]
+    told = f" Running again: {', '.join(running)}." if running else ""
+    # Programs of the new version do not talk to the module of the old one.
+    told += f" Not starting until then: {', '.join(down)} (journalctl --unit={down[0]})." if down else ""
+    yield halt(f"{why}.{told}")
 
 
 def _refusal(step: Due, seen: ModuleState, driver: DriverPlan) -> str:
     """Why a reboot that is due may not be done from here, and what to do instead; "" where it may."""
     if is_this_machine(host, seen.boot_id):
         return (
-            f"A reboot is due: {step.reason}. pyinfra runs on this machine, so it is not rebooted from here. "
+            f"A reboot is due: {step.words}. pyinfra runs on this machine, so it is not rebooted from here. "
             "Reboot it (systemctl reboot), then deploy again: it goes on from there"
         )
     if driver.reboot_allowed == "never":
         return (
-            f"A reboot is due: {step.reason}. reboot_allowed is never. "
+            f"A reboot is due: {step.words}. reboot_allowed is never. "
             "Reboot the host when it suits (systemctl reboot), then deploy again; or set reboot_allowed to auto"
         )
     return ""
@@ -210,4 +264,8 @@ def _refusal(step: Due, seen: ModuleState, driver: DriverPlan) -> str:
 def _announce(step: Due, tried: list[Action]) -> None:
     words = {"initramfs": "update the initial file system", "load": "load the modules", "reload": "reload the modules"}
     after = f" (after {', '.join(tried)})" if tried else ""
-    logger.info(f"{host.print_prefix}{words.get(step.action, step.action)}: {step.reason}{after}")
+    _tell(f"{words.get(step.action, step.action)}: {step.words}{after}")
+
+
+def _tell(text: str) -> None:
+    logger.info(f"{host.print_prefix}{text}")

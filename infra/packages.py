@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Generator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from pyinfra import host, logger
+from pyinfra import host, logger, state
 from pyinfra.api import FactBase, QuoteString, StringCommand, operation
 
 from infra.apt import FETCH_LISTS, fetch_own_lists
+from infra.facts import failed_look
 from llmhost.plan.model import AptSource
 
 
@@ -41,11 +43,20 @@ _LISTS = r"""
 # An archive that fails matters only where a package comes from it: apt-get install will say.
 fetch_lists || echo "$said" >&2
 """
+# A configuration file that the operator changed stays, and nobody is asked: there is no terminal to answer at.
 _INSTALL = r"""
 install() {{
-    apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 {options} install --yes --no-install-recommends "$@"
+    apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 \
+        -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold \
+        {options} install --yes --no-install-recommends "$@"
 }}
-install "$@" || {{ dpkg --configure -a && install "$@"; }} || {{ {failed}; exit 1; }}
+mend() {{
+    dpkg --force-confdef --force-confold --configure -a
+    # What lost its power while it was unpacked: neither dpkg --configure -a nor apt-get install takes it up.
+    half=$(dpkg-query --show --showformat '${{Package}} ${{db:Status-Status}}\n' | sed -n 's/ half-installed$//p')
+    [ -z "$half" ] || install --reinstall $half "$@"
+}}
+install "$@" || {{ mend "$@"; install "$@"; }} || {{ {failed}; exit 1; }}
 """
 # The plan names these packages, their versions and what gives way: a hold or a newer version does not overrule it.
 _OWNED = "--allow-change-held-packages --allow-downgrades"
@@ -91,6 +102,58 @@ def installed(
         script, going = [_PREPARE], [name for name in going if not name.startswith(_PINNING)]
     changed = list(packages) if owned else lacking
     yield _command([*script, _install(owned, remedy)], [*changed, *_removed(going)])
+
+
+# The simulation needs present lists, so that they are fetched even if nothing comes of it.
+_NEWER = r"""
+names=$(dpkg-query --show --showformat '${db:Status-Abbrev}${Package}\n' | sed -n 's/^ii *//p' | grep -E "$@")
+[ -n "$names" ] || exit 0
+said=$(apt-get -s --only-upgrade --no-install-recommends install $names 2>&1) || { echo "$said" >&2; exit 1; }
+echo "$said" | sed -n 's/^Inst //p'
+"""
+
+
+class NewerPackages(FactBase[dict[str, tuple[str, str]]]):
+    """{name: (old, new)} of what apt would do if those of the installed packages that match were to be the newest.
+
+    Versions; the old one is "" of a package that comes along, such as the kernel that a meta package names.
+
+    Packages on hold are left out. `script` comes first: it fetches the lists.
+    """
+
+    def command(self, patterns: Sequence[str], script: str) -> StringCommand:
+        expressions = [QuoteString(f"--regexp={pattern}") for pattern in patterns]
+        return StringCommand("sh", "-c", QuoteString(script + _NEWER), "newer", *expressions)
+
+    def process(self, output: list[str]) -> dict[str, tuple[str, str]]:
+        """Lines such as "docker-ce [5:29.7.2] (5:29.8.0 Docker:stable [amd64])"."""
+        found = (re.match(r"(\S+) (?:\[(\S+)\] )?\((\S+) ", line) for line in output)
+        return {match[1]: (match[2] or "", match[3]) for match in found if match}
+
+
+@operation()
+def upgraded(patterns: Sequence[str], sources: Sequence[AptSource] = (), remedy: str = "") -> Generator[StringCommand]:
+    """The newest versions of the installed packages that match, in one transaction; what apt's pins allow.
+
+    Whether there are any is known only once the lists are fetched, which is nothing to do while pyinfra prepares.
+
+    + patterns: extended regular expressions: what unattended upgrades leave alone
+    + sources: repositories they may come from beside the distribution's: these must answer, rightly signed
+    """
+    if not state.is_executing:
+        return
+    script = "\n".join([_PREPARE, FETCH_LISTS, *fetch_own_lists(sources), _LISTS])
+    newer: dict[str, tuple[str, str]] | None = host.get_fact(NewerPackages, patterns=patterns, script=script)
+    if failed_look(newer):
+        return
+    if not newer:
+        host.noop("there is nothing newer")
+        return
+    for name, (old, new) in newer.items():
+        logger.info(f"{host.print_prefix}{f'upgrade {name} {old} to' if old else f'install {name}'} {new}")
+    # What comes along is not named: apt removes it some day, as it removes what nobody asked for.
+    named = [name for name, (old, _) in newer.items() if old]
+    yield _command([_PREPARE, _install(owned=False, remedy=remedy, more="--only-upgrade")], named)
 
 
 def _name(package: str) -> str:

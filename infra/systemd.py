@@ -79,17 +79,24 @@ def running(services: Sequence[Service], targets: Sequence[str] = ()) -> Generat
             for unit in names:
                 _announce(f"{verb} {unit}: {_why(states[unit])}")
             yield StringCommand("sh", "-c", QuoteString(_START.format(verb=verb, units=shlex.join(names))))
-    if not to_enable and not any(_outdated(state) or _down(state) for state in states.values()):
+    if not to_enable and not any(map(_is_due, states.values())):
         host.noop(f"{', '.join(units)}: as planned")
 
 
 def _outdated(state: dict[str, Any]) -> bool:
-    """It runs, or is about to, from other inputs, or from a unit file that systemd has not read yet."""
-    return state.get("active") in ("active", "activating", "reloading") and bool(state["stale"] or state["reload"])
+    """It runs, or is about to, from other inputs: a unit's own files that matter to what runs are among them.
+
+    Not because a file of it was not read yet: a Docker that was adopted as it runs has a new drop-in too.
+    """
+    return state.get("active") in ("active", "activating", "reloading") and bool(state["stale"])
 
 
 def _down(state: dict[str, Any]) -> bool:
     return state.get("active") != "active" and not _outdated(state)
+
+
+def _is_due(state: dict[str, Any]) -> bool:
+    return bool(state.get("reload")) or _outdated(state) or _down(state)
 
 
 def _why(state: dict[str, Any]) -> str:

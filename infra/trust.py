@@ -16,6 +16,7 @@ from pyinfra.api import FactBase, QuoteString, StringCommand, operation
 from infra.facts import failed_look
 from infra.packages import installed
 from llmhost.addresses import (
+    COMPONENTS,
     DISABLED,
     DISTRIBUTIONS,
     OWN_LISTS,
@@ -25,6 +26,7 @@ from llmhost.addresses import (
     NoArchive,
     archive,
     direct_hosts,
+    lacking,
     strangers,
 )
 from llmhost.plan.model import BasePlan
@@ -36,7 +38,7 @@ BOOTSTRAP = "/etc/apt/apt.conf.d/96llmhost-bootstrap"
 BOOTSTRAP_STORE = "/etc/apt/llmhost-bootstrap.pem"
 CERTIFICATES = "/usr/local/share/ca-certificates"  # of which update-ca-certificates takes *.crt
 UPDATER = "/usr/sbin/update-ca-certificates"
-_OWN_FILES = (CONFIGURATION, BOOTSTRAP, BOOTSTRAP_STORE, SOURCES)
+_OWN_FILES = (CONFIGURATION, BOOTSTRAP, BOOTSTRAP_STORE, SOURCES, COMPONENTS)
 
 _LOOK = r"""
 [ -r /etc/os-release ] && . /etc/os-release
@@ -154,6 +156,8 @@ def change_of(base: BasePlan, certificates: Sequence[str], seen: Seen) -> Change
         wanted |= {BOOTSTRAP_STORE: "".join(certificates), BOOTSTRAP: f'Acquire::https::CaInfo "{BOOTSTRAP_STORE}";\n'}
     if base.apt_archive:
         wanted[SOURCES] = render(SOURCES, archive=_archive(base, seen, disabled))
+    elif entries := lacking(base.apt_components, _own_lists(seen, disabled)):
+        wanted[COMPONENTS] = render(COMPONENTS, entries=entries)
     return Change(
         write={path: content for path, content in wanted.items() if seen.files.get(path) != _state(content)},
         remove=tuple(sorted(seen.files.keys() - wanted.keys())),
@@ -185,10 +189,14 @@ def _disabled(seen: Seen) -> tuple[str, ...]:
 
 
 def _archive(base: BasePlan, seen: Seen, disabled: Sequence[str]) -> Archive:
+    return archive(base, seen.system, seen.codename, _own_lists(seen, disabled), seen.keyrings)
+
+
+def _own_lists(seen: Seen, disabled: Sequence[str]) -> dict[str, str]:
+    """Path and content of the host's own lists, those that llmhost disabled under their former path."""
     former = {path: seen.lists[path + DISABLED] for path in disabled}
     present = {path: seen.lists[path] for path in OWN_LISTS if path in seen.lists}
-    lists = {path: "\n".join(lines) for path, lines in {**former, **present}.items()}
-    return archive(base, seen.system, seen.codename, lists, seen.keyrings)
+    return {path: "\n".join(lines) for path, lines in {**former, **present}.items()}
 
 
 def _announce(change: Change, seen: Seen) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmhost.plan.model import BasePlan
 from llmhost.settings import Settings
@@ -46,6 +46,7 @@ def direct_hosts(proxies: Mapping[str, str]) -> list[str]:
 # --- the distribution's archive ---------------------------------------------------------------------------------
 
 SOURCES = "/etc/apt/sources.list.d/llmhost-archive.sources"
+COMPONENTS = "/etc/apt/sources.list.d/llmhost-components.sources"  # what the host's own lists leave out
 # Where Debian, Ubuntu and their cloud images write it; lists of other names are somebody's own and are left alone.
 OWN_LISTS = (
     "/etc/apt/sources.list",
@@ -102,6 +103,26 @@ class Archive:
     disabled: tuple[str, ...]  # the host's own lists, which it stands in for
 
 
+def lacking(components: Iterable[str], lists: Mapping[str, str]) -> list[Repository]:
+    """The entries that give the distribution's archive these components, where the host's own lists do not.
+
+    Each has the address, suites and key of the host's own entry: apt takes no two keys of one repository.
+
+    + lists: path and content of the host's own lists
+    """
+    had = [entry for path, text in sorted(lists.items()) for entry in repositories(path, text)]
+    own = [entry for entry in had if "main" in entry.components]
+    missing = [(entry, _left_out(components, entry, had)) for entry in own]
+    # A key that lies in the list itself is not copied: apt then says which package it lacks.
+    return [replace(entry, components=names) for entry, names in missing if names and entry.signed_by[:1] in ("", "/")]
+
+
+def _left_out(components: Iterable[str], main: Repository, had: Iterable[Repository]) -> tuple[str, ...]:
+    """Those of the components that no entry names for all of what this one names."""
+    same = [entry for entry in had if {*main.uris} <= {*entry.uris} and {*main.suites} <= {*entry.suites}]
+    return tuple(name for name in components if not any(name in entry.components for entry in same))
+
+
 class NoArchive(ValueError):
     """Why the archive cannot be written for this host, in words for the operator."""
 
@@ -118,6 +139,7 @@ def archive(base: BasePlan, system: str, codename: str, lists: Mapping[str, str]
         raise NoArchive(f"no archive is known for {system or 'a system without a name'} {codename}".rstrip())
     had = [entry for path, text in sorted(lists.items()) for entry in repositories(path, text)]
     kept = {name for entry in had for name in entry.components}
+    needed = (*distribution.needed, *base.apt_components)
     suites = [codename, f"{codename}-updates"]
     if any(suite.endswith("-backports") for entry in had for suite in entry.suites):
         suites.append(f"{codename}-backports")
@@ -132,7 +154,7 @@ def archive(base: BasePlan, system: str, codename: str, lists: Mapping[str, str]
         security_uri=base.apt_security or base.apt_archive,
         suites=tuple(suites),
         security_suite=f"{codename}-security",
-        components=tuple(name for name in distribution.components if name in kept or name in distribution.needed),
+        components=tuple(name for name in distribution.components if name in {*kept, *needed}),
         keyring=present[0],
         disabled=tuple(sorted(lists)),
     )

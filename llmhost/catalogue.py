@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,20 @@ class Card:
     nvlink5: bool
 
     @property
+    def flavours(self) -> tuple[str, ...]:
+        """Kernel modules that run it, of "open" and "closed"; none where no living branch does."""
+        return tuple(name for name, runs in (("open", self.open), ("closed", self.closed)) if runs)
+
+    @property
     def title(self) -> str:
         """The card in a sentence: "NVIDIA GeForce RTX 3060 (10de:2504), ampere"."""
         name = self.name or ("an unknown card" if self.generation.name == "unknown" else "an NVIDIA GPU")
         return f"{name} (10de:{self.device.lower()}), {self.generation.name}"
+
+
+def titles(cards: Iterable[Card]) -> str:
+    """Cards in a sentence, equal ones once."""
+    return "; ".join(dict.fromkeys(found.title for found in cards))
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,8 @@ class CudaDirectory:
     directory: str
     key: str
     fingerprint: str
+    architectures: Mapping[str, str]  # its name for each machine that it has packages for
+    toolkits: tuple[str, ...]  # versions of CUDA: "13.0"
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,6 @@ class CudaRepository:
     dkms: tuple[str, ...]
     fabric_manager: tuple[str, ...]
     nvlink5: tuple[str, ...]
-    architectures: Mapping[str, str]
     distributions: Mapping[str, CudaDirectory]  # by "ubuntu 24.04"
 
 
@@ -182,6 +193,7 @@ class Drivers:
     """All of llmhost/catalog/drivers.toml."""
 
     branches: Mapping[str, Branch]
+    ended: Mapping[str, str]  # branches that are no more, and their successors
     least_branch: Mapping[str, str]  # by CUDA major version
     ubuntu_archive: UbuntuArchive
     cuda_repository: CudaRepository
@@ -243,6 +255,7 @@ def drivers() -> Drivers:
     own = {name: DistributionDocker(**row) for name, row in docker["distribution"].items()}
     return Drivers(
         branches={name: Branch(name=name, **row) for name, row in table["branches"].items()},
+        ended=table["ended"],
         least_branch=table["least_branch"],
         ubuntu_archive=UbuntuArchive(**table["ubuntu-archive"]),
         cuda_repository=CudaRepository(**{**cuda, "distributions": directories}),

@@ -21,7 +21,7 @@ from llmhost.evidence import (
     find,
     includes,
 )
-from llmhost.plan.model import hash_of
+from llmhost.plan.model import hash_of, lasting
 
 CLOCK_SECONDS = 60  # sign-in tokens and TLS certificates bear a minute
 RESTARTS_ALLOWED = 2  # a killed engine that came back is healthy; one that keeps dying is not
@@ -183,7 +183,7 @@ def plan_hash(plan: Plan) -> str:
 
 def hash_and_differences(on_host: Plan, plan: Plan) -> str:
     """The hash of the plan on the host and, where it is another, the settings in which it differs."""
-    here, there = dict(leaves(plan)), dict(leaves(on_host))
+    here, there = dict(leaves(lasting(plan))), dict(leaves(lasting(on_host)))
     names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return plan_hash(on_host) + (f", differs in {shown}" if names else "")

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from llmhost.evidence import DEPLOY, Check, CouldNotLook, Plan, ServiceFailed, find, includes
 from llmhost.nvidia_smi import SmiGpu, parse
 
 NOT_REPORTED = "not reported by this card"
+BEFORE_HOPPER = "not reported before Hopper (gpu.fabric_manager and gpu.cuda_init tell)"
 REPLACE = "the card is failing: drain this host, run NVIDIA's field diagnostic, have the card replaced"
 RESET = "reset the card (stop what uses it, then nvidia-smi --gpu-reset), or reboot"
 LOG = "see journalctl --dmesg --boot"
+UPGRADE = "pyinfra INVENTORY upgrade.py"
 CDI_REFRESH = "nvidia-ctk cdi generate --output=/var/run/cdi/nvidia.yaml (systemctl restart nvidia-cdi-refresh.service)"
 
 # What cuInit returns (CUDA driver API, enum CUresult), of those that a broken host gives.
@@ -34,49 +37,40 @@ CUDA_RESULTS = {
     999: "unknown error",
 }
 
-# Xids after which a card, its link or its firmware is not to be trusted; others (13, 31, 43, 45) are an application's.
-# Azure's node health checks have most, NVIDIA's Xid catalogue the words, and 46, 61, 95, 140 and 143 besides.
+# Xids after which a card, its link or its firmware is not to be trusted: those whose immediate action is a reset, a
+# reboot or the workflow for ECC or NVLink errors in NVIDIA's catalogue for Ampere and newer
+# (docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html). Not 155 and 156, which tell of links taken down on
+# purpose and of parts taken out of use. 57 and 58 it has as unused: older cards have them (Azure's node health checks).
+# All others are shown: an application's (13, 31, 43, 45, 94...), or judged by another row: 63, a row that was replaced,
+# by the remapped rows, 154 by the recovery action.
 FATAL_XIDS = {
     46: "GPU stopped processing",
     48: "double bit ECC error",
-    56: "display engine error",
     57: "error programming the video memory interface",
     58: "unstable video memory interface",
-    61: "internal microcontroller warning",
     62: "internal microcontroller halt",
-    63: "memory page retired or row remapped",
     64: "page retirement or row remapping failed",
-    65: "video processor exception",
-    68: "NVDEC exception",
-    69: "graphics engine class error",
-    73: "NVENC exception",
     74: "NVLink error",
     79: "GPU has fallen off the bus",
-    80: "corrupted data sent to the GPU",
-    81: "VGA subsystem error",
-    92: "high rate of single bit ECC errors",
-    95: "uncontained ECC error",
+    95: "uncontained memory error",
+    109: "context switch timed out",
+    110: "security fault",
     119: "GSP firmware does not answer",
     120: "GSP firmware error",
+    136: "link training failed",
     140: "unrecovered ECC error",
     143: "GPU initialisation failed",
+    **dict.fromkeys(range(144, 151), "NVLink 5 error"),
+    158: "GPU timed out",
 }
+
+OTHER_NODES = ["nvidiactl", "nvidia-uvm"]
 
 # Reasons for lower clocks that are a fault of cooling or power supply. A software power cap is normal under load.
 THROTTLED = {"hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown"}
 
 
 # --- views: what lies in the evidence, condensed -----------------------------------------------------------------
-
-
-def per_card(view: Callable[[SmiGpu], str]) -> Callable[[str, Plan], dict[str, str]]:
-    """address -> what nvidia-smi says of that card."""
-    return lambda xml, plan: {gpu.address: view(gpu) for gpu in parse(xml).gpus}
-
-
-def only(*good: str) -> Callable[[Any, dict[str, str]], bool]:
-    """Every card says one of these; no card at all is no pass."""
-    return lambda expected, seen: bool(seen) and set(seen.values()) <= set(good)
 
 
 def holds(expected: dict[str, Any], seen: dict[str, Any]) -> bool:
@@ -86,6 +80,13 @@ def holds(expected: dict[str, Any], seen: dict[str, Any]) -> bool:
 def part(gpu: dict[str, Any], look: str) -> Any:
     """Another part of the GPU's evidence; raises as a row that looks there would."""
     return find({"gpu": gpu}, f"gpu/{look}")[0]
+
+
+def planned_cards(plan: Plan) -> dict[str, int]:
+    """Of a driver of another system, the bus shows no card (WSL), or also those that are not ours (containers)."""
+    driver = plan["driver"]
+    places = ("nvidia-smi",) if is_of_another_system(driver) else ("sysfs", "nvidia-smi")
+    return dict.fromkeys(places, driver["gpus"])
 
 
 def counted(gpu: dict[str, Any], plan: Plan) -> dict[str, int]:
@@ -121,8 +122,8 @@ def one_version(expected: Any, seen: dict[str, Any]) -> bool:
     return bool(loaded == seen["on disk"] != "none" and seen["user space"] == [loaded])
 
 
-def branch(version: str, plan: Plan) -> str:
-    return version.partition(".")[0]
+def branch(xml: str, plan: Plan) -> str:
+    return parse(xml).driver_version.partition(".")[0]
 
 
 def next_boot(gpu: dict[str, Any], plan: Plan) -> dict[str, Any]:
@@ -135,15 +136,12 @@ def next_boot(gpu: dict[str, Any], plan: Plan) -> dict[str, Any]:
     }
 
 
-def every_node(expected: list[str], nodes: list[str]) -> bool:
+def device_nodes(nodes: list[str], plan: Plan) -> dict[str, Any]:
     """A card's number is not its place in the order: a machine with one of a host's eight may have /dev/nvidia5."""
-    cards = [node for node in nodes if re.fullmatch(r"nvidia\d+", node)]
-    wanted = [node for node in expected if re.fullmatch(r"nvidia\d+", node)]
-    return len(cards) == len(wanted) > 0 and {"nvidiactl", "nvidia-uvm"} <= set(nodes)
-
-
-def planned_nodes(plan: Plan) -> list[str]:
-    return [*(f"nvidia{number}" for number in range(plan["driver"]["gpus"])), "nvidiactl", "nvidia-uvm"]
+    return {
+        "cards": sum(bool(re.fullmatch(r"nvidia\d+", node)) for node in nodes),
+        "others": [node for node in OTHER_NODES if node in nodes],
+    }
 
 
 def initialised(cuda: dict[str, Any], plan: Plan) -> dict[str, Any]:
@@ -167,12 +165,15 @@ def trouble(log: dict[str, Any], plan: Plan) -> dict[str, list[str]]:
 
 def event(line: str) -> tuple[str, bool]:
     """(what happened, whether it is fatal) of one line of the kernel's log."""
+    fatal = not re.search("non-?fatal", line, re.IGNORECASE)
     if match := re.search(r"SXid \((.+?)\): (\d+)(.*)", line):
-        return f"SXid {match[2]} at {match[1]}{match[3]}"[:120], "non-fatal" not in line.lower()
+        return f"SXid {match[2]} at {match[1]}{match[3]}"[:120], fatal
     if match := re.search(r"Xid \((.+?)\): (\d+)", line):
-        number = int(match[2])
-        words = f": {FATAL_XIDS[number]}" if number in FATAL_XIDS else ""
-        return f"Xid {number} at {match[1]}{words}", number in FATAL_XIDS
+        number, words = int(match[2]), f"Xid {match[2]} at {match[1]}"
+        if number not in FATAL_XIDS:
+            return words, False
+        # NVLink 5's say so themselves: those that need a reset all the same make the driver ask for it, too.
+        return (f"{words}: {FATAL_XIDS[number]}", True) if fatal else (f"{words}, not fatal", False)
     return line[-120:], True
 
 
@@ -181,7 +182,7 @@ def ecc(gpu: SmiGpu) -> str:
         return "ECC is off"
     if gpu.ecc_errors_uncorrected is None:
         return NOT_REPORTED
-    return f"{gpu.ecc_errors_uncorrected} uncorrected errors"
+    return f"{gpu.ecc_errors_uncorrected} uncorrected errors since the driver was loaded"
 
 
 def remapped_rows(gpu: SmiGpu) -> str:
@@ -215,10 +216,8 @@ def is_full(said: str) -> bool:
     return used >= min(possible)
 
 
-def throttling(xml: str, plan: Plan) -> dict[str, str]:
-    if not re.search(r"<clocks_(event|throttle)_reason_", xml):
-        return {gpu.address: NOT_REPORTED for gpu in parse(xml).gpus}
-    return {gpu.address: ", ".join(sorted(gpu.event_reasons & THROTTLED)) or "no" for gpu in parse(xml).gpus}
+def throttling(gpu: SmiGpu) -> str:
+    return NOT_REPORTED if gpu.event_reasons is None else ", ".join(sorted(gpu.event_reasons & THROTTLED)) or "no"
 
 
 def persistence(gpu: SmiGpu) -> str:
@@ -230,6 +229,9 @@ def recovery_action(gpu: SmiGpu) -> str:
 
 
 def fabric(gpu: SmiGpu) -> str:
+    """NVML has it for Hopper and newer (nvmlDeviceGetGpuFabricInfo); Volta and Ampere have NVSwitches as well."""
+    if not gpu.fabric_state and gpu.architecture in ("Volta", "Ampere"):
+        return BEFORE_HOPPER
     return f"{gpu.fabric_state or 'no state'}, {gpu.fabric_status or 'no status'}"
 
 
@@ -255,47 +257,156 @@ def fresh(expected: Any, seen: dict[str, Any]) -> bool:
     return bool(files) and all(versions == [seen["loaded"]] for versions in files)
 
 
+def waiting(gpu: dict[str, Any], patterns: list[str]) -> str:
+    """The updates that are left to somebody, in words: nothing depends on them."""
+    try:
+        found = part(gpu, "updates/packages")
+    except (ServiceFailed, CouldNotLook) as reason:
+        return str(reason)
+    suites = [suite for name, suite in found.items() if any(re.match(pattern, name) for pattern in patterns)]
+    if not suites:
+        return "none wait"
+    secure = sum("-security" in suite for suite in suites)
+    return f"{len(suites)} wait, {secure} of them for security: {UPGRADE}"
+
+
 # --- the rows -----------------------------------------------------------------------------------------------------
+
+
+def of_cards(name: str, view: Callable[[SmiGpu], str], *good: str, remedy: str) -> Check:
+    """What nvidia-smi says of each card is one of `good`; no card at all is no pass."""
+    return Check(
+        f"gpu.{name}",
+        XML,
+        f"{', '.join(good[:-1])}, or {good[-1]}",
+        view=lambda xml, plan: {gpu.address: view(gpu) for gpu in parse(xml).gpus},
+        agrees=lambda expected, seen: bool(seen) and set(seen.values()) <= set(good),
+        remedy=remedy,
+    )
 
 
 def driver_rows(plan: Plan) -> tuple[Check, ...]:
     driver = plan.get("driver")
     if not driver:
         return ()
-    rows: tuple[Check, ...] = DRIVER
-    if driver["source"] != "installed":
-        rows += (PERSISTENCE_DAEMON,)
+    rows: tuple[Check, ...] = CARDS
+    if not is_of_another_system(driver):
+        rows += OWN_KERNEL + (PERSISTENCE if driver["source"] != "installed" else INSTALLED_PERSISTENCE)
     if driver["fabric_manager"]:
         rows += (FABRIC_STATE,)
+    if "nvlsm" in driver["packages"]:
+        rows += (IB_UMAD,)
     if driver["frozen"]:
-        rows += (FROZEN_DRIVER,)
+        rows += (frozen("driver"),)
     engine = plan.get("engine")
     if engine and engine["accelerator"] == "nvidia" and engine["runtime"] == "venv":
         rows += (TORCH,)
     return rows
 
 
+def is_of_another_system(driver: Plan) -> bool:
+    """Windows's (WSL), or the machine's that a container runs on: here are neither its modules nor its packages.
+
+    The planner freezes the packages of every other driver, also of those that were there (llmhost/plan/driver.py).
+    """
+    return driver["source"] == "installed" and not driver["frozen"]
+
+
 def container_rows(plan: Plan) -> tuple[Check, ...]:
-    containers = plan.get("containers")
+    containers, driver = plan.get("containers"), plan.get("driver")
     if not containers:
         return ()
     rows: tuple[Check, ...] = (DOCKER,)
     if containers["frozen"]:
-        rows += (FROZEN_CONTAINERS,)
-    return rows + TOOLKIT if containers["toolkit_version"] else rows
+        rows += (frozen("containers"),)
+    if containers["toolkit_version"]:
+        rows += TOOLKIT
+        # Libraries that come from another system have versions of their own.
+        rows += () if driver and is_of_another_system(driver) else (CDI_FRESH,)
+    return rows
+
+
+def frozen(concern: str) -> Check:
+    return Check(
+        f"{concern}.frozen",
+        "gpu",
+        lambda plan: plan[concern]["frozen"],
+        view=lambda gpu, plan: {
+            "patterns": part(gpu, "frozen/patterns"),
+            "updates": waiting(gpu, plan[concern]["frozen"]),
+        },
+        agrees=lambda expected, seen: includes(expected, seen["patterns"]),
+        remedy=f"an unattended upgrade could swap it under the running engine: {DEPLOY}",
+    )
 
 
 XML = "gpu/smi/xml"
 
-DRIVER = (
+# Of every driver, wherever it is installed.
+CARDS = (
     Check(
         "gpu.count",
         "gpu",
-        lambda plan: {"sysfs": plan["driver"]["gpus"], "nvidia-smi": plan["driver"]["gpus"]},
+        planned_cards,
         view=counted,
+        agrees=holds,
         remedy=f"a card that sysfs has and nvidia-smi lacks did not start: {LOG}; one that both lack fell off the bus "
         "or was removed: power the machine off and on, or deploy again where it is meant to be gone",
     ),
+    Check(
+        "gpu.branch",
+        XML,
+        lambda plan: plan["driver"]["branch"],
+        view=branch,
+        remedy=f"another branch of the driver is loaded than driver_branch asks for: {DEPLOY}",
+    ),
+    Check(
+        "gpu.cuda_init",
+        "gpu/cuda",
+        lambda plan: {"cuInit": "success", "devices": plan["driver"]["gpus"]},
+        view=initialised,
+        agrees=holds,
+        remedy="no CUDA program can run, whatever nvidia-smi says: for 802 systemctl status nvidia-fabricmanager, for "
+        f"803 reload the driver, for 999 modprobe nvidia-uvm; {LOG}",
+    ),
+    of_cards(
+        "ecc",
+        ecc,
+        "0 uncorrected errors since the driver was loaded",
+        "ECC is off",
+        NOT_REPORTED,
+        remedy=f"{RESET}; where they come back, {REPLACE}",
+    ),
+    of_cards(
+        "remapped_rows",
+        remapped_rows,
+        "none",
+        NOT_REPORTED,
+        remedy=f"{RESET}; where a row could not be replaced, {REPLACE}",
+    ),
+    Check(
+        "gpu.link_width",
+        "gpu",
+        f"all lanes that card and slot have, or {NOT_REPORTED}",
+        view=link_widths,
+        agrees=full_width,
+        remedy="the card runs on fewer PCIe lanes than it could: reseat it, look at risers and the BIOS's bifurcation",
+    ),
+    of_cards(
+        "recovery_action", recovery_action, "None", NOT_REPORTED, remedy=f"the driver asks for this itself: {RESET}"
+    ),
+    of_cards(
+        "not_throttled",
+        throttling,
+        "no",
+        NOT_REPORTED,
+        remedy="clocks are held down by heat or power supply: look at fans, airflow, power cables; nvidia-smi -q -d "
+        "PERFORMANCE,TEMPERATURE",
+    ),
+)
+
+# Of a driver whose modules run in this system's own kernel.
+OWN_KERNEL = (
     Check(
         "gpu.versions",
         "gpu",
@@ -303,13 +414,6 @@ DRIVER = (
         view=every_version,
         agrees=one_version,
         remedy=f'half an upgrade (NVML says "Driver/library version mismatch"): {DEPLOY}, which reloads or reboots',
-    ),
-    Check(
-        "gpu.branch",
-        "gpu/versions/loaded",
-        lambda plan: plan["driver"]["branch"],
-        view=branch,
-        remedy=f"another branch of the driver is loaded than driver_branch asks for: {DEPLOY}",
     ),
     Check(
         "gpu.flavour",
@@ -329,18 +433,9 @@ DRIVER = (
     Check(
         "gpu.device_nodes",
         "gpu/devices/nodes",
-        planned_nodes,
-        agrees=every_node,
+        lambda plan: {"cards": plan["driver"]["gpus"], "others": OTHER_NODES},
+        view=device_nodes,
         remedy="modprobe nvidia-uvm: udev's rules of the driver make the nodes as its modules are loaded",
-    ),
-    Check(
-        "gpu.cuda_init",
-        "gpu/cuda",
-        lambda plan: {"cuInit": "success", "devices": plan["driver"]["gpus"]},
-        view=initialised,
-        agrees=holds,
-        remedy="no CUDA program can run, whatever nvidia-smi says: for 802 systemctl status nvidia-fabricmanager, for "
-        f"803 reload the driver, for 999 modprobe nvidia-uvm; {LOG}",
     ),
     Check(
         "gpu.no_xid",
@@ -351,55 +446,6 @@ DRIVER = (
         remedy=f"{LOG} --grep 'NVRM|SXid'; a card that repeats this after a reboot is failing",
     ),
     Check(
-        "gpu.ecc",
-        XML,
-        f"0 uncorrected errors since the driver was loaded, ECC is off, or {NOT_REPORTED}",
-        view=per_card(ecc),
-        agrees=only("0 uncorrected errors", "ECC is off", NOT_REPORTED),
-        remedy=f"{RESET}; where they come back, {REPLACE}",
-    ),
-    Check(
-        "gpu.remapped_rows",
-        XML,
-        f"none waiting or failed, or {NOT_REPORTED}",
-        view=per_card(remapped_rows),
-        agrees=only("none", NOT_REPORTED),
-        remedy=f"{RESET}; where a row could not be replaced, {REPLACE}",
-    ),
-    Check(
-        "gpu.link_width",
-        "gpu",
-        f"all lanes that card and slot have, or {NOT_REPORTED}",
-        view=link_widths,
-        agrees=full_width,
-        remedy="the card runs on fewer PCIe lanes than it could: reseat it, look at risers and the BIOS's bifurcation",
-    ),
-    Check(
-        "gpu.recovery_action",
-        XML,
-        f"None, or {NOT_REPORTED}",
-        view=per_card(recovery_action),
-        agrees=only("None", NOT_REPORTED),
-        remedy=f"the driver asks for this itself: {RESET}",
-    ),
-    Check(
-        "gpu.not_throttled",
-        XML,
-        f"no, or {NOT_REPORTED}",
-        view=throttling,
-        agrees=only("no", NOT_REPORTED),
-        remedy="clocks are held down by heat or power supply: look at fans, airflow, power cables; nvidia-smi -q -d "
-        "PERFORMANCE,TEMPERATURE",
-    ),
-    Check(
-        "gpu.persistence",
-        XML,
-        f"on, or {NOT_REPORTED}",
-        view=per_card(persistence),
-        agrees=only("on", NOT_REPORTED),
-        remedy=f"the driver unloads whenever nothing uses a card, and takes seconds to come back: {DEPLOY}",
-    ),
-    Check(
         "gpu.fabric_manager",
         "gpu/units/nvidia-fabricmanager.service",
         lambda plan: "active" if plan["driver"]["fabric_manager"] else "inactive",
@@ -408,20 +454,37 @@ DRIVER = (
     ),
 )
 
-PERSISTENCE_DAEMON = Check(
-    "gpu.persistence_daemon",
-    "gpu/units/nvidia-persistenced.service",
-    "active",
-    remedy="persistence mode is gone after the next reload or boot: see journalctl -u nvidia-persistenced -b; "
-    + DEPLOY,
+UNLOADS = "the driver unloads whenever nothing uses a card, and takes seconds to come back"
+PERSISTENCE = (
+    of_cards("persistence", persistence, "on", NOT_REPORTED, remedy=f"{UNLOADS}: {DEPLOY}"),
+    Check(
+        "gpu.persistence_daemon",
+        "gpu/units/nvidia-persistenced.service",
+        "active",
+        remedy="persistence mode is gone after the next reload or boot: see journalctl -u nvidia-persistenced -b; "
+        + DEPLOY,
+    ),
 )
-FABRIC_STATE = Check(
-    "gpu.fabric_state",
-    XML,
+# Of a driver that llmhost left as it was: it may have no daemon that a deployment could start.
+INSTALLED_PERSISTENCE = (
+    replace(
+        PERSISTENCE[0],
+        remedy=f"{UNLOADS}: nvidia-smi -pm 1 (until the next boot), or install nvidia-persistenced and enable it",
+    ),
+)
+FABRIC_STATE = of_cards(
+    "fabric_state",
+    fabric,
     "Completed, Success",
-    view=per_card(fabric),
-    agrees=only("Completed, Success"),
+    BEFORE_HOPPER,
     remedy="cards do not reach each other, and CUDA answers 802: see journalctl -u nvidia-fabricmanager -b",
+)
+IB_UMAD = Check(
+    "gpu.ib_umad",
+    "gpu/modules/ib_umad",
+    "loaded",
+    remedy="the subnet manager of NVLink 5 (nvlsm) reaches the switches through it, and CUDA answers 802 without them: "
+    f"{DEPLOY}; where this kernel has no such module: apt-get install linux-modules-extra-$(uname -r)",
 )
 TORCH = Check(
     "gpu.torch",
@@ -430,21 +493,6 @@ TORCH = Check(
     view=torch_devices,
     agrees=holds,
     remedy=f"the engine's Python does not see what the driver sees: compare with gpu.cuda_init; {DEPLOY}",
-)
-FROZEN_REMEDY = f"an unattended upgrade could swap it under the running engine: {DEPLOY}"
-FROZEN_DRIVER = Check(
-    "driver.frozen",
-    "gpu/frozen/patterns",
-    lambda plan: plan["driver"]["frozen"],
-    agrees=includes,
-    remedy=FROZEN_REMEDY,
-)
-FROZEN_CONTAINERS = Check(
-    "containers.frozen",
-    "gpu/frozen/patterns",
-    lambda plan: plan["containers"]["frozen"],
-    agrees=includes,
-    remedy=FROZEN_REMEDY,
 )
 DOCKER = Check(
     "containers.docker",
@@ -477,14 +525,6 @@ TOOLKIT = (
         remedy=f"containers cannot ask for GPUs: {CDI_REFRESH}",
     ),
     Check(
-        "containers.cdi_fresh",
-        "gpu",
-        "each specification is of the loaded driver's version",
-        view=specification,
-        agrees=fresh,
-        remedy=f"the specification names another driver's libraries: {CDI_REFRESH}; remove files of other versions",
-    ),
-    Check(
         "containers.gpu",
         "gpu/container/before",
         gpu_in_container,
@@ -502,4 +542,12 @@ TOOLKIT = (
         remedy="running containers lose their GPUs when systemd reads its units again, as every apt upgrade has it do: "
         "use CDI (--device nvidia.com/gpu=all), not --gpus or --runtime nvidia",
     ),
+)
+CDI_FRESH = Check(
+    "containers.cdi_fresh",
+    "gpu",
+    "each specification is of the loaded driver's version",
+    view=specification,
+    agrees=fresh,
+    remedy=f"the specification names another driver's libraries: {CDI_REFRESH}; remove files of other versions",
 )

@@ -15,10 +15,9 @@ FACTS_VERSION = "3"
 NVIDIA = "0x10de"
 # PCI classes of things that compute: VGA controller and 3D controller (field notes, nvidia.md); audio is 0x0403.
 GPU_CLASSES = ("0x0300", "0x0302")
-# What systemd-detect-virt calls containers; wsl, which it counts among them, is a platform of its own here.
-CONTAINERS = frozenset(
-    {"docker", "lxc", "lxc-libvirt", "openvz", "podman", "pouch", "proot", "rkt", "systemd-nspawn", "container-other"}
-)
+# What systemd-detect-virt calls containers whose kernel, and therefore driver, is another machine's. wsl, which it
+# counts among them, is a platform of its own here; a lab's systemd-nspawn gets stand-ins like a real driver.
+CONTAINERS = frozenset({"docker", "lxc", "lxc-libvirt", "openvz", "podman", "pouch", "proot", "rkt", "container-other"})
 
 
 class FactsError(ValueError):
@@ -70,10 +69,12 @@ class DriverState:
 class DockerState:
     """Docker as it is on the host; versions "" where it lacks them."""
 
+    command: bool  # whether there is a `docker` at all
     version: str  # the daemon's, "" where none answers
     compose_version: str  # of the plugin
     snap: bool  # installed as a snap, whose Docker the container toolkit does not support
     toolkit_version: str  # nvidia-ctk's
+    kubernetes: str  # "k3s", "rke2", "kubelet" where the host is a node of a cluster
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class Hardware:
     gpus: tuple[Gpu, ...]
     nvswitches: int  # PCI bridges of class 0680, else management ports of NVLink 5 switches
     secure_boot: bool | None  # None where the firmware does not say (no EFI)
+    mok_enrolled: bool  # the firmware trusts the key with which modules are signed that DKMS builds here
     platform: frozenset[str]  # of "wsl", "jetson", "dgx", "runfile" (a driver installed by NVIDIA's .run)
     kernels: tuple[Kernel, ...]
     packages: tuple[Package, ...]
@@ -158,7 +160,7 @@ class Hardware:
 
     @property
     def container(self) -> bool:
-        """Whether this is a container, which shares its host's kernel; virtual machines have their own."""
+        """Whether this is a container, whose driver is its machine's; virtual machines have their own."""
         return self.virtualisation in CONTAINERS
 
     def disk_for(self, path: str) -> Disk:
@@ -203,6 +205,7 @@ def _hardware(facts: Mapping[str, str]) -> Hardware:
         gpus=_gpus(facts["pci"]),
         nvswitches=int(facts["nvswitches"]),
         secure_boot={"1": True, "0": False}.get(facts["secure_boot"]),
+        mok_enrolled=facts["mok"] == "enrolled",
         platform=frozenset(facts["platform"].split()),
         kernels=tuple(_kernel(line) for line in facts["kernels"].splitlines()),
         packages=tuple(_package(line) for line in facts["packages"].splitlines()),
@@ -273,10 +276,12 @@ def _driver(facts: Mapping[str, str]) -> DriverState:
 
 def _docker(found: Mapping[str, str]) -> DockerState:
     return DockerState(
+        command="server" in found,
         version=found.get("server", ""),
         compose_version=found.get("compose", ""),
         snap=found.get("snap") == "yes",
         toolkit_version=found.get("toolkit", ""),
+        kubernetes=found.get("kubernetes", ""),
     )
 
 

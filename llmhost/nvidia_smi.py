@@ -27,7 +27,7 @@ class SmiGpu:
     link_width: int | None  # lanes now
     link_width_max: int | None  # lanes the GPU has, not the slot
     power_limit_watts: float | None
-    event_reasons: frozenset[str]  # active clocks event reasons but idleness: "sw_thermal_slowdown"
+    event_reasons: frozenset[str] | None  # active clocks event reasons but idleness ("sw_thermal_slowdown"), if told
     recovery_action: str  # "None" is well, "" where the driver does not say (before 570)
     persistence: bool | None
     power_draw_watts: float | None  # now, of the GPU
@@ -146,9 +146,11 @@ def _mebibytes(element: Element, path: str) -> int | None:
     return None if number is None else number << 20
 
 
-def _event_reasons(gpu: Element) -> frozenset[str]:
+def _event_reasons(gpu: Element) -> frozenset[str] | None:
     """Before driver 535 they were called throttle reasons."""
     reasons = [*gpu.iterfind("clocks_event_reasons/*"), *gpu.iterfind("clocks_throttle_reasons/*")]
+    if not reasons:
+        return None
     active = {
         re.sub("^clocks_(event|throttle)_reason_", "", reason.tag) for reason in reasons if reason.text == "Active"
     }

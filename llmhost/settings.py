@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import PydanticCustomError
 
+from llmhost.catalogue import drivers
 from llmhost.plan.model import Problem
 
 # Names in pyinfra's data that belong to pyinfra itself: connector data and global arguments.
@@ -95,16 +96,12 @@ def _host_list(value: str) -> str:
     return value
 
 
-# Branches that are no more, and what took their place (field notes, nvidia.md, section 0).
-_ENDED_BRANCHES = {"470": "580", "515": "580", "535": "580", "550": "580", "570": "580", "590": "595", "610": "615"}
-BRANCHES = ("580", "595", "615")
-
-
 def _branch(value: str) -> str:
-    if value in _ENDED_BRANCHES:
-        raise ValueError(f"branch {value} is end of life; its successor is {_ENDED_BRANCHES[value]}")
-    if value not in BRANCHES:
-        raise ValueError(f"there is no branch {value}; expected one of {', '.join(BRANCHES)}")
+    living, ended = drivers().branches, drivers().ended
+    if value in ended:
+        raise ValueError(f"branch {value} is end of life; its successor is {ended[value]}")
+    if value not in living:
+        raise ValueError(f"there is no branch {value}; expected one of {', '.join(living)}")
     return value
 
 

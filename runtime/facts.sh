@@ -5,12 +5,13 @@
 # Values are raw captures (texts of files and commands); llmhost/hardware.py parses them.
 # Argument: the control machine's clock (seconds since 1970), to see how far off this host's clock is.
 # LLMHOST_SYSFS replaces /sys, for hosts whose PCI tree is a stand-in; LLMHOST_ROOT stands before the other paths that
-# tell of drivers and vendors, for tests.
+# tell of drivers and vendors, for tests; LLMHOST_PATIENCE is how many seconds nvidia-smi has.
 
 export LC_ALL=C
 PATH=$PATH:/usr/sbin:/sbin:/usr/lib/wsl/lib
 root=${LLMHOST_ROOT:-}
 sysfs=${LLMHOST_SYSFS:-$root/sys}
+patience=${LLMHOST_PATIENCE:-20}
 separator='{'
 
 json_string() {
@@ -69,6 +70,13 @@ secure_boot() { # the variable is four bytes of attributes, then 1 or 0
     od -An -tu1 -j4 "$sysfs/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c" | tr -d ' '
 }
 
+mok() { # whether the firmware trusts the key that DKMS signs with: Debian's place for it, then Ubuntu's
+    command -v mokutil >/dev/null || return
+    for key in "$root/var/lib/dkms/mok.pub" "$root/var/lib/shim-signed/mok/MOK.der"; do
+        elevate timeout 10 mokutil --test-key "$key" | grep -q 'is already enrolled' && echo enrolled && break
+    done
+}
+
 platform() { # what is no plain server: there the driver is not ours to install
     { [ -e "$root/dev/dxg" ] || [ -e "$root/usr/lib/wsl/lib/nvidia-smi" ]; } && echo wsl
     { [ -e "$root/etc/nv_tegra_release" ] || grep -qs nvidia,tegra "$root/proc/device-tree/compatible"; } && echo jetson
@@ -92,8 +100,8 @@ kernels() { # version, and the version and licence of its nvidia module on disk;
 packages() { # name version status, of kernels, NVIDIA's, Docker's, what builds or upgrades; others have no version
     dpkg-query --show --showformat '${Package} ${Version} ${db:Status-Abbrev}\n' \
         'linux-image*' 'linux-headers*' 'linux-generic*' 'linux-virtual*' 'linux-aws*' 'linux-azure*' 'linux-gcp*' \
-        'linux-oracle*' 'linux-nvidia*' '*nvidia*' 'cuda-*' libcuda1 'docker*' 'containerd*' runc podman-docker \
-        dkms gcc unattended-upgrades | awk 'NF == 3 { print $1, $2, $3 }' | sort -u
+        'linux-oracle*' 'linux-nvidia*' 'linux-oem*' 'linux-lowlatency*' '*nvidia*' 'cuda-*' libcuda1 \
+        'docker*' 'containerd*' runc podman-docker dkms gcc unattended-upgrades | awk 'NF == 3 { print $1, $2, $3 }' | sort -u
 }
 
 nvidia() { # the driver in the kernel, the one in user space, and whether llmhost provisions it
@@ -111,9 +119,15 @@ user_space() { # version of the newest package unpacked, else of the library tha
         readlink -f "$root"/usr/lib/*-linux-gnu/libcuda.so.1 | sed -n 's/.*libcuda\.so\.\([0-9]*\.[0-9.]*\)$/\1/p'
 }
 
-nvidia_smi() { # nothing where it fails; a GPU that is lost may keep it from answering
+nvidia_smi() { # nothing where it fails
     [ -e "$root/proc/driver/nvidia/version" ] || command -v nvidia-smi >/dev/null || return
-    answer=$(timeout 20 nvidia-smi -q -x) && printf '%s\n' "$answer"
+    # A GPU that is lost may hold it in the kernel, where no signal ends it: it is not waited for, and has no pipe of ours.
+    # A shell of its own, because a part of this one would keep the standard error that `capture` sets aside.
+    answer=$(mktemp -d) && mkfifo "$answer/ended" || return
+    sh -c 'timeout "$1" nvidia-smi -q -x >"$2" && echo well' - "$patience" "$answer/said" \
+        </dev/null >"$answer/ended" 2>/dev/null &
+    [ "$(timeout "$((patience + 2))" cat "$answer/ended")" = well ] && cat "$answer/said"
+    rm -rf "$answer"
 }
 
 docker_state() {
@@ -122,6 +136,9 @@ docker_state() {
         echo "server=$(elevate timeout 10 docker version --format '{{.Server.Version}}')"
         echo "compose=$(timeout 10 docker compose version --short)"
     fi
+    for program in k3s rke2 kubelet; do
+        { [ -e "$root/usr/local/bin/$program" ] || [ -e "$root/usr/bin/$program" ]; } && echo "kubernetes=$program" && break
+    done
     command -v nvidia-ctk >/dev/null && echo "toolkit=$(nvidia-ctk --version | awk '/version/ { print $NF; exit }')"
 }
 
@@ -213,6 +230,7 @@ devices=$(pci 2>/dev/null)
 capture pci echo "$devices"
 capture nvswitches nvswitches
 capture secure_boot secure_boot
+capture mok mok
 capture platform platform
 capture kernels kernels
 packages=$(packages 2>/dev/null)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from infra.apt import planned_sources, policy, repositories, trusted, wrong_keys
 from infra.docker import DAEMON, DROP_IN, cdi_specified, configured, gpu_image_built
 from infra.hostfiles import HostFile, tree
-from infra.packages import installed
+from infra.packages import installed, upgraded
 from infra.systemd import running
 from infra.task import refuse, task
 from llmhost.addresses import STORE, proxy_environment
@@ -19,10 +19,13 @@ _REMEDY = (
 
 
 @task("Containers")
-def containers(plan: HostPlan) -> None:
-    """Docker configured and running, a CDI specification of the loaded driver, and the image that proves both."""
+def containers(plan: HostPlan, upgrade: bool = False) -> None:
+    """Docker configured and running, a CDI specification of the loaded driver, and the image that proves both.
+
+    + upgrade: newer versions of Docker and of the toolkit are installed, within the plan's pins
+    """
     if plan.containers is None:
-        return
+        return  # the driver's task removes what an earlier plan left
     assert plan.base
     planned = plan.containers
     if problems := wrong_keys(planned.repositories):
@@ -50,6 +53,13 @@ def containers(plan: HostPlan) -> None:
             packages=planned.toolkit_packages,
             sources=planned.repositories,
             owned=True,
+            remedy=_REMEDY,
+        )
+    if upgrade:
+        upgraded(
+            name="newer Docker and container toolkit",
+            patterns=planned.frozen,
+            sources=planned.repositories,
             remedy=_REMEDY,
         )
     with_toolkit = bool(planned.toolkit_version)

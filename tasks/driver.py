@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from infra.apt import planned_sources, policy, repositories, trusted, wrong_keys
-from infra.hostfiles import HostFile, tree
-from infra.nvidia import BLACKLIST, PERSISTENCE, brings_persistence, module_running
-from infra.packages import installed
+from infra.apt import leftovers, planned_sources, policy, repositories, trusted, wrong_keys
+from infra.hostfiles import HostFile, absent, tree
+from infra.nvidia import BLACKLIST, FABRIC_MANAGER, PERSISTENCE, brings_persistence, module_running, replaceable
+from infra.packages import installed, upgraded
 from infra.systemd import running
 from infra.task import refuse, task
-from llmhost.modules import DRIVER_GLOBS, gives_way, other_versions
+from llmhost.modules import DRIVER_GLOBS, extra_modules, gives_way, other_versions
 from llmhost.plan.model import DriverPlan, HostPlan, Service
 from llmhost.render import render
 
@@ -23,9 +23,13 @@ _REMEDY = (
 
 
 @task("NVIDIA driver")
-def nvidia_driver(plan: HostPlan) -> None:
-    """Packages, modules, persistence mode and fabric manager; at most one reboot, and only if it is needed."""
+def nvidia_driver(plan: HostPlan, upgrade: bool = False) -> None:
+    """Packages, modules, persistence mode and fabric manager; at most one reboot, and only if it is needed.
+
+    + upgrade: newer versions of the driver and of the kernels are installed first, within the plan's pins
+    """
     if plan.driver is None:
+        absent(name="what an earlier driver's plan left", paths=[MARKER, BLACKLIST, *leftovers(plan)])
         return
     assert plan.base and plan.engine
     driver = plan.driver
@@ -42,6 +46,7 @@ def nvidia_driver(plan: HostPlan) -> None:
     own = [*_marker(driver), *repositories(driver.repositories), *policy(plan)]
     tree(name="files of the driver", entries=[*own, *_module_files(driver), *(_persistence(driver) if kept_on else [])])
     if driver.packages:
+        replaceable(name="loaded driver", driver=driver)
         installed(
             name="packages of the driver",
             packages=driver.packages,
@@ -50,6 +55,13 @@ def nvidia_driver(plan: HostPlan) -> None:
             gives_way=partial(gives_way, driver=driver),
             outdated=partial(other_versions, driver=driver),
             owned=True,
+            remedy=_REMEDY,
+        )
+    if upgrade and driver.source != "installed":  # that one is never reloaded, nor rebooted into
+        upgraded(
+            name="newer driver and kernels",
+            patterns=driver.frozen,
+            sources=driver.repositories,
             remedy=_REMEDY,
         )
     module_running(name="kernel modules", driver=driver, drain=(plan.engine.service.unit,))
@@ -69,11 +81,12 @@ def _module_files(driver: DriverPlan) -> list[HostFile]:
 
 
 def _persistence(driver: DriverPlan) -> list[HostFile]:
-    """What keeps the GPU ready: its daemon's drop-in, and the module that CUDA needs loaded at each boot."""
+    """What keeps the GPU ready: its daemon's drop-in, and the modules that CUDA needs loaded at each boot."""
     load = "/etc/modules-load.d/llmhost-nvidia.conf"
-    return [HostFile(load, render(load)), HostFile(DROP_IN, render(DROP_IN, driver=driver, dropin=DROP_IN))]
+    modules = render(load, extra=extra_modules(driver))
+    return [HostFile(load, modules), HostFile(DROP_IN, render(DROP_IN, dropin=DROP_IN))]
 
 
 def _services(driver: DriverPlan) -> list[Service]:
     services = [Service(PERSISTENCE, (DROP_IN,), 60)]
-    return [*services, Service("nvidia-fabricmanager.service", (), 120)] if driver.fabric_manager else services
+    return [*services, Service(FABRIC_MANAGER, (), 120)] if driver.fabric_manager else services

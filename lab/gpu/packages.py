@@ -160,6 +160,10 @@ UDEV_RULES = (
 )
 
 
+# For tests that cut the power here: dpkg then leaves the package half-installed, to be installed again.
+HELD_BACK = "while [ -e /run/llmhost-lab/hold-unpack ]; do sleep 0.1; done"
+
+
 def driver_packages(version: str) -> list[Package]:
     """The compute-only set, and what hosts with NVSwitch get beside it."""
     full = f"{version}-1"
@@ -208,7 +212,7 @@ def driver_packages(version: str) -> list[Package]:
             "nvidia-kernel-support",
             full,
             files={"/lib/udev/rules.d/60-nvidia.rules": UDEV_RULES},
-            scripts={"postinst": "update-initramfs -u -k all"},
+            scripts={"preinst": HELD_BACK, "postinst": "update-initramfs -u -k all"},
         ),
         dkms_source("nvidia-kernel-open-dkms", "nvidia-kernel-dkms", version, "Dual MIT/GPL"),
         dkms_source("nvidia-kernel-dkms", "nvidia-kernel-open-dkms", version, "NVIDIA"),

@@ -6,10 +6,17 @@ import re
 
 from llmhost.catalogue import drivers
 from llmhost.hardware import Hardware
-from llmhost.plan.driver import CONTAINERS
 from llmhost.plan.model import AptPin, ContainersPlan, DriverPlan
 from llmhost.plan.notes import Notes
-from llmhost.plan.repositories import distribution, docker_source, installed, known_distribution, toolkit_source
+from llmhost.plan.obstacles import held, refuse_held
+from llmhost.plan.repositories import (
+    distribution,
+    docker_source,
+    installed,
+    known_distribution,
+    missing,
+    toolkit_source,
+)
 from llmhost.settings import Settings
 
 OWN, DISTRIBUTION, INSTALLED = "docker-ce", "distribution", "installed"
@@ -19,24 +26,24 @@ def plan_containers(
     settings: Settings, hardware: Hardware, driver: DriverPlan | None, notes: Notes
 ) -> ContainersPlan | None:
     """Docker's plan; None where none is wanted, or where the notes say why there can be none."""
+    problems = len(notes.problems)
     source = _source(settings, hardware, driver, notes)
     if not source or not known_distribution(hardware):
         return None
     docker = drivers().docker
-    packages = {OWN: docker.packages, DISTRIBUTION: docker.distribution[distribution(hardware)].packages}.get(
-        source, ()
-    )
+    packages = _packages(source, settings, hardware)
+    conflicts = docker.conflicts if source == OWN else ()
     if packages:
-        notes.decide(
-            "containers", "docker_packages", " ".join(packages), "the engine, its command and the compose plugin"
-        )
+        notes.decide("containers", "docker_packages", " ".join(packages), _CONTENT[source])
     toolkit = _toolkit(settings, notes) if driver else ()
+    _check_holds("docker_source", hardware, packages, conflicts, notes)
+    _check_holds("container_toolkit_version", hardware, toolkit, (), notes)
     sources = [docker_source(settings, hardware)] if source == OWN else []
-    return ContainersPlan(
+    planned = ContainersPlan(
         docker=source,
         docker_minimum=docker.minimum,
         packages=packages,
-        conflicts=docker.conflicts if source == OWN else (),
+        conflicts=conflicts,
         toolkit_version=settings.container_toolkit_version if driver else "",
         toolkit_packages=toolkit,
         repositories=(*sources, *([toolkit_source(settings, hardware)] if driver else [])),
@@ -44,6 +51,14 @@ def plan_containers(
         registry_mirror=settings.mirror_registry,
         frozen=(*drivers().frozen["docker"], *(drivers().frozen["toolkit"] if driver else ())),
     )
+    return None if len(notes.problems) > problems else planned
+
+
+_CONTENT = {
+    OWN: "the engine, its command and the compose plugin",
+    DISTRIBUTION: "the engine, its command and the compose plugin",
+    INSTALLED: "the compose plugin for the Docker that was there",
+}
 
 
 def _source(settings: Settings, hardware: Hardware, driver: DriverPlan | None, notes: Notes) -> str:
@@ -55,7 +70,7 @@ def _source(settings: Settings, hardware: Hardware, driver: DriverPlan | None, n
         )
         notes.decide("containers", "docker_source", "none", reason)
         return ""
-    if wish == "auto" and hardware.virtualisation in CONTAINERS:
+    if wish == "auto" and hardware.container:
         notes.decide("containers", "docker_source", "none", "a container: Docker is a matter of its machine")
         return ""
     if hardware.docker.snap:
@@ -65,32 +80,103 @@ def _source(settings: Settings, hardware: Hardware, driver: DriverPlan | None, n
             'Remove it (snap remove docker), or set docker_source = "none"',
         )
         return ""
-    if wish == "auto":
-        return _auto_source(hardware, notes)
-    if wish == INSTALLED and (unfit := _unfit(hardware)):
+    chosen, reason = (wish, notes.given("docker_source")) if wish != "auto" else _auto_source(hardware)
+    if wish == INSTALLED and (unfit := _unfit(hardware) or _without_compose(hardware)):
         notes.refuse("docker_source", f"is installed, but {unfit}", 'Set docker_source = "docker-ce", or leave it out')
         return ""
-    if wish == DISTRIBUTION and not _check_distribution(hardware, notes):
+    if chosen == DISTRIBUTION and not _check_distribution(hardware, notes):
         return ""
-    return notes.decide("containers", "docker_source", wish, notes.given("docker_source"))
+    if chosen == OWN and not _check_others(wish, hardware, notes):
+        return ""
+    return notes.decide("containers", "docker_source", chosen, reason)
 
 
-def _auto_source(hardware: Hardware, notes: Notes) -> str:
+def _auto_source(hardware: Hardware) -> tuple[str, str]:
     # Docker's own packages stay Docker's own, whoever installed them: a host we converged plans as when it was bare.
-    if "docker-ce" not in installed(hardware) and not _unfit(hardware):
-        reason = f"Docker {hardware.docker.version} with compose was there and will do: llmhost does not change it"
-        return notes.decide("containers", "docker_source", INSTALLED, reason)
-    return notes.decide("containers", "docker_source", OWN, "Docker's own packages: `--gpus` goes by CDI from 29.2 on")
+    if "docker-ce" in installed(hardware) or _unfit(hardware):
+        return OWN, "Docker's own packages: `--gpus` goes by CDI from 29.2 on"
+    if "docker.io" not in installed(hardware) and _without_compose(hardware):
+        return OWN, "the Docker that was there has no compose plugin, and no package to complete it with"
+    return INSTALLED, f"Docker {_version(hardware)} was there and will do: llmhost does not change it"
+
+
+def _version(hardware: Hardware) -> str:
+    """Of Docker as its package says: whether its daemon answers just now decides nothing, the task starts it."""
+    names = ("docker-ce", "docker.io")
+    packaged = next((installed(hardware)[name] for name in names if name in installed(hardware)), "")
+    return re.sub(r"^\d+:|[-+~].*", "", packaged) or hardware.docker.version
 
 
 def _unfit(hardware: Hardware) -> str:
     """Why the Docker that is there will not do, "" where it will."""
-    found, minimum = hardware.docker, drivers().docker.minimum
-    if not found.version:
-        return "no Docker daemon answers"
-    if _number(found.version) < _number(minimum):
-        return f"Docker {found.version} is older than {minimum}, which reads the toolkit's CDI specification"
-    return "" if found.compose_version else "the compose plugin is missing"
+    found, minimum = _version(hardware), drivers().docker.minimum
+    if not found:
+        return "no Docker daemon answers" if hardware.docker.command else "there is no Docker"
+    if _number(found) < _number(minimum):
+        return f"Docker {found} is older than {minimum}, which reads the toolkit's CDI specification"
+    return ""
+
+
+def _without_compose(hardware: Hardware) -> str:
+    return "" if hardware.docker.compose_version else "the compose plugin is missing"
+
+
+def _packages(source: str, settings: Settings, hardware: Hardware) -> tuple[str, ...]:
+    docker = drivers().docker
+    if source == OWN:
+        return docker.packages
+    own = docker.distribution[distribution(hardware)].packages
+    if source == DISTRIBUTION:
+        return own
+    if settings.docker_source == INSTALLED or "docker.io" not in installed(hardware):
+        return ()
+    # Not docker.io itself, which would be upgraded. Named where they are there already, too: a host that was completed
+    # plans as when it was not.
+    rest = tuple(name for name in own if name != "docker.io")
+    return rest if _without_compose(hardware) or not missing(hardware, rest) else ()
+
+
+# Statuses of a package that is there, if only half: a run that lost its power leaves those.
+_THERE = ("i", "U", "F", "H", "W", "t")
+
+
+def _check_others(wish: str, hardware: Hardware, notes: Notes) -> bool:
+    """Whether docker-ce can come: nothing else on the host runs on what it replaces."""
+    there = {package.name for package in hardware.packages if package.status[1:2] in _THERE}
+    if there & {"docker-ce", "docker.io"}:
+        return True
+    if hardware.docker.command and wish == "auto" and not there & {"docker-ce-cli", "docker-cli", "podman-docker"}:
+        notes.refuse(
+            "docker_source",
+            "the host has a Docker that no package of it brought, and it will not do: " + _fault(hardware),
+            'Mend it, or remove it, or have it replaced: docker_source = "docker-ce"; or do without: "none"',
+        )
+        return False
+    cluster = [hardware.docker.kubernetes] if hardware.docker.kubernetes else []
+    runtimes = sorted({"containerd", "runc"} & there)
+    if cluster or runtimes:
+        notes.refuse(
+            "docker_source",
+            f"the host has {' and '.join([*cluster, *runtimes])} without Docker (a node of Kubernetes?): Docker's own "
+            "packages replace them, and stop what runs on them",
+            'Set docker_source = "none"'
+            + (f"; or remove them if nothing needs them: apt-get purge {' '.join(runtimes)}" if runtimes else ""),
+        )
+        return False
+    return True
+
+
+def _fault(hardware: Hardware) -> str:
+    return _unfit(hardware) or _without_compose(hardware)
+
+
+def _check_holds(
+    setting: str, hardware: Hardware, packages: tuple[str, ...], conflicts: tuple[str, ...], notes: Notes
+) -> None:
+    """Packages on hold that would have to change or go."""
+    changing = {package.partition("=")[0] for package in packages} if missing(hardware, packages) else set()
+    if names := [name for name in held(hardware) if name in {*changing, *conflicts}]:
+        refuse_held(setting, "needs packages to change that are on hold", names, notes)
 
 
 def _check_distribution(hardware: Hardware, notes: Notes) -> bool:

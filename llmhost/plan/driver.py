@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Literal
 
-from llmhost.catalogue import Card, card, drivers
-from llmhost.hardware import Hardware, Package
+from llmhost.catalogue import Card, card, drivers, titles
+from llmhost.hardware import Hardware
+from llmhost.plan.cuda import plan_toolkit
 from llmhost.plan.kernels import Kernels, kernels, newest
-from llmhost.plan.model import AptPin, AptSource, DriverPlan
+from llmhost.plan.model import AptSource, DriverPlan
 from llmhost.plan.notes import Notes
-from llmhost.plan.repositories import cuda_source, distribution, host_of, known_distribution
+from llmhost.plan.obstacles import check_cards, check_holds, check_origins, check_secure_boot, held
+from llmhost.plan.repositories import (
+    ARCHIVE,
+    CUDA,
+    against_cuda,
+    cuda_directory,
+    cuda_source,
+    distribution,
+    driver_pins,
+    installed,
+    known_distribution,
+    missing,
+)
 from llmhost.settings import Settings
 
-ARCHIVE, CUDA, INSTALLED = "ubuntu-archive", "cuda-repository", "installed"
+INSTALLED = "installed"
 # CUDA of the wheels the engine is locked to (field notes 0.6): it sets the oldest branch.
 WHEELS_CUDA = "13"
-# What systemd-detect-virt calls containers whose kernel, and therefore driver, is another machine's. A lab's
-# systemd-nspawn is none of them: its stand-ins are installed like a real driver.
-CONTAINERS = ("docker", "podman", "lxc", "lxc-libvirt", "openvz", "rkt", "pouch", "proot", "container-other")
-PASSED_THROUGH = "vfio-pci"
 FREE_DRIVERS = ("nouveau", "nova", "nova_core", "nova-core")
 
 
@@ -42,11 +50,15 @@ def plan_driver(settings: Settings, hardware: Hardware, accelerator: str, notes:
         "driver", "gpus", _count(cards, hardware), "what the PCI bus shows" if cards else "what nvidia-smi shows"
     )
     host = Host(settings, hardware, accelerator, cards, notes)
-    _check_cards(host)
+    check_cards(settings, hardware, accelerator, cards, notes)
     if len(notes.problems) > problems:
         return None
     source = _source(host)
-    planned = _installed(host) if source == INSTALLED else _provisioned(host, source) if source else None
+    if source == CUDA:
+        _check_repository(host)
+    if not source or len(notes.problems) > problems:
+        return None
+    planned = _installed(host) if source == INSTALLED else _provisioned(host, source)
     return None if len(notes.problems) > problems else planned
 
 
@@ -67,7 +79,7 @@ class Host:
     @property
     def outside(self) -> Outside | None:
         """Why this host's driver is none of ours to install, None where it is."""
-        contained = {"container"} if self.hardware.virtualisation in CONTAINERS else set()
+        contained = {"container"} if self.hardware.container else set()
         return next((row for name, row in OUTSIDE.items() if name in contained | self.hardware.platform), None)
 
 
@@ -108,6 +120,14 @@ def _wanted(settings: Settings, hardware: Hardware, accelerator: str, notes: Not
         )
         return False
     if not has_gpu(hardware):
+        if hardware.driver.managed_source and settings.accelerator == "auto":
+            notes.refuse(
+                "gpu",
+                "the GPU that was provisioned is gone: the PCI bus shows none, but llmhost installed its driver here",
+                "Look at `lspci -d 10de:` and `dmesg`, and mend or reboot the host; if it is to go on without a GPU, "
+                'set accelerator = "cpu"',
+            )
+            return False
         without = "" if wish in ("auto", "none") else f"; driver_source ({notes.given('driver_source')}) has no effect"
         notes.decide("driver", "driver_source", "none", f"the host has no NVIDIA GPU{without}")
         return False
@@ -145,52 +165,6 @@ def _count(cards: tuple[Card, ...], hardware: Hardware) -> str:
     return "; ".join(f"{[c.title for c in cards].count(title)} x {title}" for title in titles)
 
 
-def _check_cards(host: Host) -> None:
-    _check_passthrough(host)
-    dead = [found for found in host.cards if not _flavours(found)]
-    closed_only = [found for found in host.cards if found.closed and not found.open]
-    newer = [found for found in host.cards if found.open]
-    if dead:
-        host.notes.refuse(
-            "gpu",
-            f"{_titles(dead)}: no living driver branch has it, the last (470) is end of life",
-            "Use a Turing card or newer, or leave this one without a driver: "
-            'accelerator = "cpu" and driver_source = "none"',
-        )
-    elif closed_only and newer and not (_run_closed(newer) and host.settings.driver_modules == "closed"):
-        either = ', or set driver_modules = "closed" and accelerator = "cpu"' if _run_closed(newer) else ""
-        host.notes.refuse(
-            "gpu",
-            f"mixed generations: {_titles(closed_only)} needs closed modules, {_titles(newer)} is driven by open ones, "
-            "and a host has one driver",
-            f"Take one of the two out of the host{either}",
-        )
-    elif host.accelerator == "nvidia" and (old := [found for found in host.cards if not found.generation.vllm]):
-        host.notes.refuse(
-            "accelerator",
-            f"{_titles(old)}: current vLLM needs compute capability 7.5, this has {old[0].capability}",
-            'Set accelerator = "cpu", or use a Turing card (GeForce RTX 20, T4) or newer',
-        )
-
-
-def _run_closed(cards: list[Card]) -> bool:
-    return all(found.closed for found in cards)
-
-
-def _check_passthrough(host: Host) -> None:
-    if passed := [gpu.address for gpu in host.hardware.nvidia_gpus if gpu.driver == PASSED_THROUGH]:
-        host.notes.refuse(
-            "gpu",
-            f"{', '.join(passed)} is bound to {PASSED_THROUGH}: this host passes it to virtual machines",
-            "Deploy to the virtual machine that has the GPU, or give it back to this host: remove vfio-pci.ids from "
-            "the kernel's command line and from /etc/modprobe.d, and reboot",
-        )
-
-
-def _titles(cards: list[Card]) -> str:
-    return "; ".join(dict.fromkeys(found.title for found in cards))
-
-
 # --- from where -------------------------------------------------------------------------------------------------
 
 
@@ -224,8 +198,27 @@ def _source(host: Host) -> str:
     return notes.decide("driver", "driver_source", wish, notes.given("driver_source"))
 
 
+def _check_repository(host: Host) -> None:
+    hardware = host.hardware
+    if known_distribution(hardware) and hardware.machine not in cuda_directory(hardware).architectures:
+        host.notes.refuse(
+            "driver_source",
+            f"NVIDIA's repository for {hardware.os_name} has no packages for {hardware.machine}",
+            "Use Ubuntu on this machine, whose archive has them; or install the driver by hand and set "
+            'driver_source = "installed"',
+        )
+
+
 def _auto_source(host: Host) -> str:
     managed, notes = host.hardware.driver.managed_source, host.notes
+    if not managed and (seen := _silent(host)):
+        notes.refuse(
+            "driver",
+            f"the host has a driver that llmhost did not install, and nvidia-smi gives no answer: {seen}",
+            "Mend it (`nvidia-smi` and `dmesg` say what is wrong, a reboot may do), then deploy again; or have llmhost "
+            f'replace it: driver_source = "{ARCHIVE if host.hardware.os_id == "ubuntu" else CUDA}"',
+        )
+        return ""
     if not managed and _suits(host):
         reason = f"driver {_found_version(host)} was there and will do: llmhost does not change it"
         return notes.decide("driver", "driver_source", INSTALLED, reason)
@@ -242,6 +235,20 @@ def _auto_source(host: Host) -> str:
     return notes.decide(
         "driver", "driver_source", ARCHIVE, "Ubuntu's archive has modules built and signed for Ubuntu's own kernels"
     )
+
+
+def _silent(host: Host) -> str:
+    """What there is of a driver that gives no answer, "" where one answers or there is none.
+
+    It may be broken for a moment only: provisioning another over it is nothing to be done unasked.
+    """
+    found = host.hardware.driver
+    if found.smi_version:
+        return ""
+    on_disk = [f"{k.module_version} lies on disk for {k.version}" for k in host.hardware.kernels if k.module_version]
+    loaded = [f"module {found.loaded_version} is loaded"] if found.loaded_version else []
+    libraries = [f"libraries {found.user_space_version} are installed"] if found.user_space_version else []
+    return ", ".join([*loaded, *libraries, *on_disk])
 
 
 def _suits(host: Host) -> bool:
@@ -263,8 +270,8 @@ def _unfit(host: Host) -> str:
     if int(_branch_of_version(version) or 0) < least:
         wheels = f", which wheels for CUDA {WHEELS_CUDA} need" if least == int(_floor()) else ""
         return f"driver {version} is older than branch {least}{wheels}"
-    wrong = [c for c in host.cards if found.loaded_modules and found.loaded_modules not in _flavours(c)]
-    return f"{found.loaded_modules} modules do not run {_titles(wrong)}" if wrong else ""
+    wrong = [c for c in host.cards if found.loaded_modules and found.loaded_modules not in c.flavours]
+    return f"{found.loaded_modules} modules do not run {titles(wrong)}" if wrong else ""
 
 
 def _found_version(host: Host) -> str:
@@ -286,10 +293,6 @@ def _least_branch(host: Host) -> int:
     return max([0, *(int(branch) for branch in (*floor, *(c.least_branch for c in host.cards)) if branch)])
 
 
-def _flavours(found: Card) -> tuple[str, ...]:
-    return tuple(name for name, runs in (("open", found.open), ("closed", found.closed)) if runs)
-
-
 # --- a driver that is there -------------------------------------------------------------------------------------
 
 
@@ -309,7 +312,8 @@ def _installed(host: Host) -> DriverPlan | None:
     notes.decide("driver", "driver_modules", modules, "the installed driver's")
     fabric = _fabric_manager(host) if not host.outside or "dgx" in hardware.platform else False
     known = drivers().branches.get(branch)
-    toolkit = _cuda_toolkit(host, hardware.driver.cuda_version or (known.cuda if known else ""))
+    newest_cuda = hardware.driver.cuda_version or (known.cuda if known else "")
+    toolkit = plan_toolkit(settings, hardware, host.cards, newest_cuda, notes)
     notes.decide("driver", "reboot_expected", False, "the installed driver is left as it is")
     return DriverPlan(
         branch=branch,
@@ -323,7 +327,7 @@ def _installed(host: Host) -> DriverPlan | None:
         gpus=len(host.cards) or len(hardware.driver.gpus) or 1,
         prebuilt=False,
         repositories=toolkit.repositories,
-        pins=(*toolkit.pins, *(_against_cuda(settings) if toolkit.repositories else ())),
+        pins=(*toolkit.pins, *(against_cuda(settings) if toolkit.repositories else ())),
         blacklist_nouveau=False,
         frozen=_frozen() if not host.outside or "dgx" in hardware.platform else (),
         cuda_toolkit=settings.cuda_toolkit,
@@ -357,26 +361,21 @@ def _provisioned(host: Host, source: str) -> DriverPlan | None:
     branch = _branch(host, source, modules)
     if not (modules and branch):
         return None
-    version = drivers().branches[branch].version
-    component = drivers().ubuntu_archive.components[branch]
-    held = f"what Ubuntu's archive ({component}) held on 2026-11-20; its updates stay in the branch"
-    pinned = "pinned" if source == CUDA else held
-    notes.decide("driver", "driver_version", version, pinned)
+    version = _version(source, branch, notes)
     booted = kernels(hardware, notes)
     prebuilt = _prebuilt(host, source, modules, booted)
-    _check_secure_boot(host, source, prebuilt)
-    _check_origins(host, source)
-    _check_holds(host, branch)
+    check_secure_boot(hardware, source, prebuilt, notes)
+    check_origins(hardware, source, notes)
+    check_holds(hardware, branch, booted, notes)
     fabric = _fabric_manager(host)
-    toolkit = _cuda_toolkit(host, drivers().branches[branch].cuda)
-    fill = {"<branch>": branch, "<version>": version, "<open>": "-open" if modules == "open" else ""}
+    toolkit = plan_toolkit(settings, hardware, host.cards, drivers().branches[branch].cuda, notes)
     names = (
         _archive_packages(host, booted, prebuilt, fabric)
         if source == ARCHIVE
         else _cuda_packages(host, branch, booted, fabric)
     )
-    packages = tuple(dict.fromkeys((*(_filled(name, fill) for name in names), *toolkit.packages)))
-    notes.decide("driver", "driver_packages", " ".join(packages), _packages_reason(host, source))
+    fill = {"<branch>": branch, "<version>": version, "<open>": "-open" if modules == "open" else ""}
+    packages = _packages(host, source, booted, (*(_filled(name, fill) for name in names), *toolkit.packages))
     subnet_manager = fabric and any(found.nvlink5 for found in host.cards)
     return DriverPlan(
         branch=branch,
@@ -385,17 +384,24 @@ def _provisioned(host: Host, source: str) -> DriverPlan | None:
         source=source,
         packages=packages,
         fabric_manager=fabric,
-        reboot_expected=_reboot_expected(host, source, branch, modules),
+        reboot_expected=_reboot_expected(host, source, branch, modules, packages, prebuilt),
         generation=_generation(host),
         gpus=len(host.cards),
         prebuilt=prebuilt,
         repositories=_repositories(host, source == CUDA or subnet_manager or bool(toolkit.repositories)),
-        pins=(*_pins(settings, hardware, source), *toolkit.pins),
+        pins=(*driver_pins(settings, hardware, source), *toolkit.pins),
         blacklist_nouveau=source == CUDA,
         frozen=_frozen(),
         cuda_toolkit=settings.cuda_toolkit,
         reboot_allowed=notes.decide("driver", "reboot_allowed", settings.reboot_allowed, notes.given("reboot_allowed")),
     )
+
+
+def _version(source: str, branch: str, notes: Notes) -> str:
+    component = drivers().ubuntu_archive.components[branch]
+    kept = f"what Ubuntu's archive ({component}) held on 2026-11-20; its updates stay in the branch"
+    version = drivers().branches[branch].version
+    return notes.decide("driver", "driver_version", version, "pinned" if source == CUDA else kept)
 
 
 def _frozen() -> tuple[str, ...]:
@@ -412,7 +418,7 @@ def _modules(host: Host) -> str:
     open_only = [found for found in host.cards if not found.closed]
     if (wish == "open" and closed_only) or (wish == "closed" and open_only):
         wrong, other = (closed_only, "closed") if wish == "open" else (open_only, "open")
-        _refuse_modules(notes, f"is {wish}, but {_titles(wrong)} runs with {other} modules only", other)
+        _refuse_modules(notes, f"is {wish}, but {titles(wrong)} runs with {other} modules only", other)
         return ""
     if wish != "auto":
         return notes.decide("driver", "driver_modules", wish, notes.given("driver_modules"))
@@ -452,14 +458,17 @@ def _branch(host: Host, source: str, modules: str) -> str:
         )
         return ""
     if source == CUDA and distribution(host.hardware) in branch.unverified:
-        system = host.hardware.os_name
-        return _refuse_branch(
-            notes, f"is {wish}, which NVIDIA's repository for {system} was not seen to have", "580 or 595"
-        )
+        there = [row.name for row in drivers().branches.values() if distribution(host.hardware) not in row.unverified]
+        message = f"is {wish}, which NVIDIA's repository for {host.hardware.os_name} was not seen to have"
+        return _refuse_branch(notes, message, " or ".join(there))
     life = f"supported until {branch.end_of_life}" if branch.end_of_life[-4:].isdigit() else branch.end_of_life
     if needed and wish == needed.least_branch and not host.given_branch:
         return notes.decide("driver", "driver_branch", wish, f"{needed.title} needs it; end of life {life}")
-    return notes.decide("driver", "driver_branch", wish, f"{notes.given('driver_branch')}; {life}")
+    reason = f"{notes.given('driver_branch')}; {life}"
+    newer = [name for name in drivers().branches if int(name) > int(wish)]
+    if newer and any(found.generation.name == "unknown" for found in host.cards):
+        reason += f"; an unknown card is a new one and may need {' or '.join(newer)}"
+    return notes.decide("driver", "driver_branch", wish, reason)
 
 
 def _refuse_branch(notes: Notes, message: str, instead: str) -> Literal[""]:
@@ -485,121 +494,6 @@ def _prebuilt(host: Host, source: str, modules: str, booted: Kernels) -> bool:
     return notes.decide("driver", "prebuilt", True, f"signed modules for kernel flavour {names}, without a compiler")
 
 
-def _check_secure_boot(host: Host, source: str, prebuilt: bool) -> None:
-    if prebuilt or not host.hardware.secure_boot:
-        return
-    if source == CUDA and host.hardware.os_id == "ubuntu":
-        instead = 'set driver_source = "ubuntu-archive", whose modules are signed'
-    elif host.hardware.os_id == "ubuntu":
-        instead = "boot a kernel of Ubuntu's own (linux-image-generic), whose modules are signed"
-    else:
-        instead = 'enrol a key and install the driver by hand, then set driver_source = "installed"'
-    host.notes.refuse(
-        "secure boot",
-        "Secure Boot is on, and modules that DKMS builds here are signed with a key that somebody must confirm on the "
-        "console at the next boot (MOK)",
-        f"Turn Secure Boot off in the firmware, or {instead}",
-    )
-
-
-# --- one origin ---
-
-
-def _check_origins(host: Host, source: str) -> None:
-    """Packages of one driver from two origins do not fit together (field notes 1.1, 7.7)."""
-    notes = host.notes
-    for entry in host.hardware.apt:
-        if "graphics-drivers" in entry.uri:
-            notes.refuse(
-                "driver_source",
-                f"two origins: {entry.path} has the graphics-drivers PPA beside {source}",
-                "Remove it and its packages: add-apt-repository --remove ppa:graphics-drivers/ppa; "
-                "apt-get purge '*nvidia*'",
-            )
-        elif entry.uri.startswith("file:"):
-            notes.refuse(
-                "driver_source",
-                f"two origins: {entry.path} has a local repository ({entry.uri}) beside {source}",
-                "Remove the package that brought it: apt-get purge 'cuda-repo-*' 'nvidia-driver-local-repo-*'",
-            )
-    for origin, names in _origins(host).items():
-        if origin != source:
-            notes.refuse(
-                "driver_source",
-                f"two origins: driver packages from {_ORIGIN_NAMES[origin]} are installed ({', '.join(names[:3])}), "
-                f"and {_ORIGIN_NAMES[source]} is planned",
-                f"Remove them: apt-get purge {' '.join(_families(names))}{_or_keep(origin)}",
-            )
-
-
-_ORIGIN_NAMES = {
-    ARCHIVE: "Ubuntu's archive",
-    CUDA: "NVIDIA's repository",
-    "debian-archive": "Debian's archive",
-    "ppa": "the graphics-drivers PPA",
-}
-
-
-def _origins(host: Host) -> dict[str, list[str]]:
-    """Installed driver packages by where their versions say they come from."""
-    found: dict[str, list[str]] = {}
-    for package in host.hardware.packages:
-        if package.status in ("ii", "hi") and _is_driver(package.name) and _driver_version(package):
-            found.setdefault(_origin(host, package), []).append(package.name)
-    return found
-
-
-def _origin(host: Host, package: Package) -> str:
-    if "~gpu" in package.version:
-        return "ppa"
-    if re.search(r"ubuntu0\.\d\d\.\d\d", package.version):
-        return ARCHIVE
-    # A release's first driver has the form that NVIDIA's packages have: 595.58.03-0ubuntu1. What is known decides.
-    if host.hardware.driver.managed_source:
-        return host.hardware.driver.managed_source
-    if host.hardware.os_id != "ubuntu":
-        # Debian stops at 550, NVIDIA's repository for it starts above (field notes 0.7).
-        return CUDA if int(_driver_version(package)) >= 560 else "debian-archive"
-    return CUDA if any("/cuda/repos" in entry.uri for entry in host.hardware.apt) else ARCHIVE
-
-
-def _is_driver(name: str) -> bool:
-    known = drivers()
-    return any(fnmatch(name, glob) for glob in known.driver_globs) and not any(
-        fnmatch(name, glob) for glob in known.not_driver_globs
-    )
-
-
-def _driver_version(package: Package) -> str:
-    """The branch in a package's version, "" where it is no driver's: prebuilt modules have their kernel's."""
-    version = re.match(r"(?:\d+:)?(\d{3})\.\d+", package.version)
-    return version[1] if version else ""
-
-
-def _families(names: list[str]) -> list[str]:
-    return [f"'{glob}'" for glob in drivers().driver_globs if any(fnmatch(name, glob) for name in names)]
-
-
-def _or_keep(origin: str) -> str:
-    return f'; or set driver_source = "{origin}"' if origin in (ARCHIVE, CUDA) else ""
-
-
-def _check_holds(host: Host, branch: str) -> None:
-    held = [p for p in host.hardware.packages if p.status.startswith("h") and _is_driver(p.name)]
-    blocking = [p.name for p in held if _held_branch(p) not in ("", branch)]
-    if blocking:
-        host.notes.refuse(
-            "driver_branch",
-            f"is {branch}, but packages of another branch are on hold: {', '.join(blocking)}",
-            f"Release them: apt-mark unhold {' '.join(blocking)}",
-        )
-
-
-def _held_branch(package: Package) -> str:
-    named = re.search(r"-(\d{3})(?:-|$)", package.name)
-    return named[1] if named else _driver_version(package)
-
-
 # --- NVSwitch ---
 
 
@@ -615,7 +509,7 @@ def _fabric_manager(host: Host) -> bool:
 def _archive_packages(host: Host, booted: Kernels, prebuilt: bool, fabric: bool) -> list[str]:
     archive = drivers().ubuntu_archive
     ready = [archive.prebuilt.replace("<flavour>", flavour) for flavour in booted.flavours]
-    modules = ready if prebuilt else [*archive.dkms, *booted.build]
+    modules = [*ready, *booted.keep] if prebuilt else [*archive.dkms, *booted.build]
     switches = [*archive.fabric_manager, *_nvlink5(host, booted)] if fabric else []
     return [*archive.packages, *modules, *switches]
 
@@ -640,8 +534,18 @@ def _filled(name: str, values: dict[str, str]) -> str:
     return name
 
 
-def _packages_reason(host: Host, source: str) -> str:
+def _packages(host: Host, source: str, booted: Kernels, names: tuple[str, ...]) -> tuple[str, ...]:
+    # A kernel on hold that has its modules stays as it is: packages of the plan are changed whatever is on hold.
+    left = [name for name in held(host.hardware) if name in booted.metas]
+    packages = tuple(name for name in dict.fromkeys(names) if name not in left)
+    host.notes.decide("driver", "driver_packages", " ".join(packages), _packages_reason(host, source, left))
+    return packages
+
+
+def _packages_reason(host: Host, source: str, left: list[str]) -> str:
     reason = "what computing needs, without a desktop"
+    if left:
+        reason += f"; on hold, and left so: {', '.join(left)}"
     if source == CUDA and distribution(host.hardware) == "debian 12":
         # Secondary source (field notes 1.1): apt takes the newest dkms it is offered, or says what it lacks.
         reason += (
@@ -654,86 +558,22 @@ def _repositories(host: Host, cuda: bool) -> tuple[AptSource, ...]:
     return (cuda_source(host.settings, host.hardware),) if cuda else ()
 
 
-def _pins(settings: Settings, hardware: Hardware, source: str) -> tuple[AptPin, ...]:
-    if source == ARCHIVE:
-        return _against_cuda(settings)
-    if hardware.os_id == "ubuntu":
-        why = "the driver comes from NVIDIA's repository, and from there only"
-        return (AptPin(" ".join(drivers().driver_globs), "release o=Ubuntu", -1, why),)
-    return ()  # Debian's are older, and the pinning package names the version
-
-
-def _against_cuda(settings: Settings) -> tuple[AptPin, ...]:
-    """NVIDIA's repository may bring tools, no driver. Its label and its host both tell it, mirrors keep either."""
-    theirs = host_of(str(Settings.model_fields["mirror_cuda"].default))
-    shared = (settings.mirror_apt_archive, settings.mirror_apt_security, settings.mirror_docker)
-    # A host that serves other repositories too cannot be told by its name: what is wanted would be shut out.
-    others = {host_of(url) for url in (*shared, settings.mirror_container_toolkit)}
-    hosts = [host for host in dict.fromkeys((theirs, host_of(settings.mirror_cuda))) if host not in others]
-    why = "the driver comes from elsewhere: never a second origin"
-    globs = " ".join(drivers().driver_globs)
-    return tuple(AptPin(globs, pin, -1, why) for pin in ("release l=NVIDIA CUDA", *(f"origin {h}" for h in hosts)))
-
-
-# --- CUDA for those who compile ---
-
-
-@dataclass(frozen=True)
-class Toolkit:
-    """What the CUDA toolkit adds to a plan."""
-
-    packages: tuple[str, ...] = ()
-    repositories: tuple[AptSource, ...] = ()
-    pins: tuple[AptPin, ...] = ()
-
-
-def _cuda_toolkit(host: Host, newest_cuda: str) -> Toolkit:
-    settings, notes = host.settings, host.notes
-    if settings.cuda_toolkit == "none":
-        notes.decide("driver", "cuda_toolkit", "none", "the engine's wheels bring what they need")
-        return Toolkit()
-    version = settings.cuda_toolkit_version
-    notes.decide("driver", "cuda_toolkit", f"{settings.cuda_toolkit} {version}", notes.given("cuda_toolkit"))
-    _check_cuda(host, version, newest_cuda)
-    if settings.cuda_toolkit == "venv" or not known_distribution(host.hardware):
-        return Toolkit()
-    name = f"cuda-toolkit-{version.replace('.', '-')}"  # never `cuda`, which brings a driver (field notes 3)
-    pin = AptPin(name, f"version {version}.*", 1001, "a toolkit newer than the driver compiles what it cannot run")
-    return Toolkit((name,), (cuda_source(settings, host.hardware),), (pin,))
-
-
-def _check_cuda(host: Host, version: str, newest_cuda: str) -> None:
-    if newest_cuda and _number(version) > _number(newest_cuda):
-        able = [row.name for row in drivers().branches.values() if _number(row.cuda) >= _number(version)]
-        branch = f", or driver_branch to {able[0]}" if able else ""
-        host.notes.refuse(
-            "cuda_toolkit_version",
-            f"is {version}, but the driver runs CUDA {newest_cuda} at most",
-            f"Set cuda_toolkit_version to {newest_cuda}{branch}",
-        )
-    young = [c for c in host.cards if c.generation.least_cuda and _number(c.generation.least_cuda) > _number(version)]
-    if young:
-        least = max((c.generation.least_cuda for c in young), key=_number)
-        host.notes.refuse(
-            "cuda_toolkit_version",
-            f"is {version}, whose compiler does not know {_titles(young)}",
-            f"Set cuda_toolkit_version to {least} or newer",
-        )
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-
-
 # --- of this moment ---
 
 
-def _reboot_expected(host: Host, source: str, branch: str, modules: str) -> bool:
-    expected, reason = _reboot(host, source, branch, modules)
+def _reboot_expected(
+    host: Host, source: str, branch: str, modules: str, packages: tuple[str, ...], prebuilt: bool
+) -> bool:
+    expected, reason = _reboot(host, source, branch, modules, prebuilt)
+    if not expected and any(_KERNEL_PACKAGE.match(name) for name in missing(host.hardware, packages)):
+        reason += ", unless apt brings a newer kernel"
     return host.notes.decide("driver", "reboot_expected", expected, reason)
 
 
-def _reboot(host: Host, source: str, branch: str, modules: str) -> tuple[bool, str]:
+_KERNEL_PACKAGE = re.compile("linux-(image|headers|modules)-")
+
+
+def _reboot(host: Host, source: str, branch: str, modules: str, prebuilt: bool) -> tuple[bool, str]:
     hardware, found = host.hardware, host.hardware.driver
     if free := [gpu.driver for gpu in hardware.nvidia_gpus if gpu.driver in FREE_DRIVERS]:
         return True, f"{free[0]} holds the GPU and lets go of it only when the host starts without it"
@@ -744,7 +584,10 @@ def _reboot(host: Host, source: str, branch: str, modules: str) -> tuple[bool, s
         return True, f"module {found.loaded_version} is loaded, {version} is planned: unloaded if nothing uses it"
     if found.loaded_modules and found.loaded_modules != modules:
         return True, f"{found.loaded_modules} modules are loaded, {modules} ones are planned"
+    last = newest(hardware)
     has_module = any(k.version == hardware.kernel and k.module_version for k in hardware.kernels)
-    if not has_module and newest(hardware) != hardware.kernel:
-        return True, f"{hardware.kernel} runs, but modules come for the newest kernel, {newest(hardware)}"
+    if not has_module and last != hardware.kernel:
+        return True, f"{hardware.kernel} runs, but modules come for the newest kernel, {last}"
+    if not prebuilt and last != hardware.kernel and f"linux-headers-{hardware.kernel}" not in installed(hardware):
+        return True, f"{hardware.kernel} runs without its headers: modules are built for the newest kernel, {last}"
     return False, "the module can be loaded as the host runs"

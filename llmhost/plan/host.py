@@ -10,7 +10,7 @@ from llmhost.plan.engine import plan_engine
 from llmhost.plan.model import BasePlan, ContainersPlan, DriverPlan, EnginePlan, HostPlan, WebuiPlan
 from llmhost.plan.notes import Notes
 from llmhost.plan.release import plan_release
-from llmhost.plan.repositories import missing
+from llmhost.plan.repositories import CUDA, missing
 from llmhost.plan.systems import SYSTEMS, system_of
 from llmhost.plan.webui import plan_webui
 from llmhost.settings import Loaded, Settings
@@ -40,7 +40,7 @@ def plan(loaded: Loaded, hardware: Hardware, host: str) -> HostPlan:
     containers = plan_containers(settings, hardware, driver, notes)
     engine = plan_engine(settings, hardware, notes)
     webui = _webui(settings, hardware, engine, notes)
-    base = _base(settings, engine, webui, notes)
+    base = _base(settings, _components(hardware, driver, notes), engine, webui, notes)
     if engine and webui:
         new = [*_new_packages(hardware, driver, containers), *_new_bytes(hardware, engine, webui)]
         _check_disks(hardware, new, notes)
@@ -126,7 +126,16 @@ def _webui(settings: Settings, hardware: Hardware, engine: EnginePlan | None, no
     return webui
 
 
-def _base(settings: Settings, engine: EnginePlan | None, webui: WebuiPlan | None, notes: Notes) -> BasePlan:
+def _components(hardware: Hardware, driver: DriverPlan | None, notes: Notes) -> tuple[str, ...]:
+    if not (driver and driver.source == CUDA and hardware.os_id == "debian"):
+        return ()
+    why = "NVIDIA's packages for Debian need some of Debian's contrib (glx-alternative-nvidia)"
+    return (notes.decide("base", "apt_components", "contrib", why),)
+
+
+def _base(
+    settings: Settings, components: tuple[str, ...], engine: EnginePlan | None, webui: WebuiPlan | None, notes: Notes
+) -> BasePlan:
     releases = [part.release for part in (engine, webui) if part]
     needed = {package for release in releases for package in release.os_packages}
     packages = tuple(sorted({*PACKAGES, *needed}))
@@ -139,6 +148,7 @@ def _base(settings: Settings, engine: EnginePlan | None, webui: WebuiPlan | None
         packages=packages,
         apt_archive=settings.mirror_apt_archive,
         apt_security=settings.mirror_apt_security,
+        apt_components=components,
         proxies=_proxies(settings),
         ca_certificate=settings.ca_certificate,
         python_index=settings.mirror_python_index,

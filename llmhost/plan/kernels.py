@@ -7,7 +7,7 @@ flavour, not the running kernel, is what the plan names: it is the same before a
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmhost.catalogue import drivers
 from llmhost.hardware import Hardware
@@ -21,7 +21,9 @@ class Kernels:
 
     flavours: tuple[str, ...]  # "generic", "generic-hwe-24.04"
     family: str  # "generic", "aws", "amd64"; "" for a kernel of no distribution
+    keep: tuple[str, ...]  # packages that prebuilt modules go with: the kernel's own, as the host has them
     build: tuple[str, ...]  # packages that modules are built with: image and headers, kept in step
+    metas: tuple[str, ...]  # every package that moves these kernels, for holds
 
 
 def kernels(hardware: Hardware, notes: Notes) -> Kernels:
@@ -29,7 +31,10 @@ def kernels(hardware: Hardware, notes: Notes) -> Kernels:
     if hardware.os_id == "ubuntu":
         return _ubuntu(hardware, notes)
     family = _debian_family(hardware.kernel)
-    return Kernels((), family, _build((family,) if family else (), hardware))
+    found = _kernels((), family, (family,) if family else (), hardware)
+    # The metas are those of the release: a kernel of backports is newer, and has its headers from its own package only.
+    backported = (f"linux-headers-{hardware.kernel}",) if family and "bpo" in hardware.kernel else ()
+    return replace(found, build=(*found.build, *backported))
 
 
 def newest(hardware: Hardware) -> str:
@@ -39,14 +44,24 @@ def newest(hardware: Hardware) -> str:
 
 def _ubuntu(hardware: Hardware, notes: Notes) -> Kernels:
     family = _ubuntu_family(hardware.kernel)
-    if family not in (*drivers().ubuntu_archive.flavours, *drivers().ubuntu_archive.other_flavours):
-        return Kernels((), "", _build((), hardware))
+    if family not in _families():
+        headers = rf"linux-headers-{re.escape(family)}{_SERIES}"
+        own = tuple(name for name in installed(hardware) if family and re.fullmatch(headers, name))
+        return replace(_kernels((), "", (), hardware), build=own or _own_headers(hardware))
     metas = _metas(hardware, family)
     _check_next_boot(hardware, family, metas, notes)
     names = metas or (_by_series(hardware, family),)
     flavours = tuple(dict.fromkeys(name.replace("virtual", "generic") for name in names))
     prebuilt = {*drivers().ubuntu_archive.flavours, f"generic-hwe-{hardware.os_version}"}
-    return Kernels(flavours if prebuilt.issuperset(flavours) else (), family, _build(names, hardware))
+    return _kernels(flavours if prebuilt.issuperset(flavours) else (), family, names, hardware)
+
+
+# What tells the metas of one flavour apart: linux-image-aws-lts-24.04, -aws-6.8, -generic-hwe-24.04-edge, -oem-24.04d.
+_SERIES = r"(?:-(?:lts-|hwe-)?\d+\.\d+[a-z]?)?(?:-edge)?"
+
+
+def _families() -> tuple[str, ...]:
+    return (*drivers().ubuntu_archive.flavours, *drivers().ubuntu_archive.other_flavours)
 
 
 def _ubuntu_family(kernel: str) -> str:
@@ -58,21 +73,23 @@ def _ubuntu_family(kernel: str) -> str:
 def _metas(hardware: Hardware, family: str) -> tuple[str, ...]:
     """Flavours of the installed kernel meta packages of one family, "virtual" being generic with fewer modules."""
     own = "generic|virtual" if family == "generic" else re.escape(family)
-    pattern = re.compile(rf"linux-(?:image-)?((?:{own})(?:-hwe-\d\d\.\d\d)?)")
+    pattern = re.compile(rf"linux-(?:image-)?((?:{own}){_SERIES})")
     found = (pattern.fullmatch(name) for name in installed(hardware))
     return tuple(sorted({match[1] for match in found if match}))
 
 
 def _by_series(hardware: Hardware, family: str) -> str:
     """The flavour of a kernel that no meta package keeps: generic is the release's own, or a newer one."""
+    if family == "oem":  # its metas all name a release
+        return f"oem-{hardware.os_version}"
     series = drivers().ubuntu_archive.series.get(hardware.os_version, "")
-    if family != "generic" or hardware.kernel.startswith(f"{series}."):
+    if family not in ("generic", "generic-64k") or hardware.kernel.startswith(f"{series}."):
         return family
-    return f"generic-hwe-{hardware.os_version}"
+    return f"{family}-hwe-{hardware.os_version}"
 
 
 def _check_next_boot(hardware: Hardware, family: str, metas: tuple[str, ...], notes: Notes) -> None:
-    others = [name for name in drivers().ubuntu_archive.flavours if name != family and _metas(hardware, name)]
+    others = [name for name in _families() if name != family and _metas(hardware, name)]
     if others and not metas:
         notes.refuse(
             "kernel",
@@ -95,10 +112,25 @@ def _debian_family(kernel: str) -> str:
     return next((name for name in drivers().debian_flavours if re.fullmatch(rf"\d[^-]*(-\d+)?-{name}", kernel)), "")
 
 
-def _build(names: tuple[str, ...], hardware: Hardware) -> tuple[str, ...]:
-    # Headers alone would be those of the archive's newest kernel, which need not be installed.
-    metas = tuple(f"linux-{part}-{name}" for name in names for part in ("image", "headers"))
-    return metas or (f"linux-headers-{hardware.kernel}",)
+def _kernels(flavours: tuple[str, ...], family: str, names: tuple[str, ...], hardware: Hardware) -> Kernels:
+    """The packages that go with meta packages of these names."""
+    images = tuple(f"linux-image-{name}" for name in names)
+    headers = tuple(f"linux-headers-{name}" for name in names)
+    # Modules alone may bring a newer kernel's image without what its meta package adds to it: linux-modules-extra,
+    # with drivers of network cards. Headers alone would be those of the archive's newest kernel, which need not be
+    # installed.
+    with_headers = any(name.startswith("linux-headers-") for name in installed(hardware))
+    return Kernels(
+        flavours=flavours,
+        family=family,
+        keep=(*images, *(headers if with_headers else ())),
+        build=(*images, *headers) or _own_headers(hardware),
+        metas=(*images, *headers, *(f"linux-{name}" for name in names)),
+    )
+
+
+def _own_headers(hardware: Hardware) -> tuple[str, ...]:
+    return (f"linux-headers-{hardware.kernel}",)
 
 
 def _order(version: str) -> tuple[int, ...]:

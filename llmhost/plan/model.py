@@ -190,6 +190,7 @@ class BasePlan:
     packages: tuple[str, ...]
     apt_archive: str  # the distribution's archive, "" for the host's own sources
     apt_security: str
+    apt_components: tuple[str, ...]  # of the distribution's archive, beside those it has: "contrib"
     proxies: dict[str, str]  # http_proxy, https_proxy, no_proxy; empty without a proxy
     ca_certificate: str  # file on the control machine, "" for none
     python_index: str
@@ -231,10 +232,12 @@ class HostPlan:
 
 def hash_of(plan: dict[str, Any]) -> str:
     """The hash of a plan, from its values or from its JSON."""
-    content = {name: value for name, value in plan.items() if name != "hash"}
-    content["decisions"] = [d for d in content["decisions"] if d["setting"] not in _MOMENTARY]
-    if driver := content.get("driver"):
-        content["driver"] = {name: value for name, value in driver.items() if name not in _MOMENTARY}
-    else:
-        content["driver"] = {}
+    content = {name: value for name, value in lasting(plan).items() if name != "hash"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def lasting(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan without what is only of the moment: what plan.json holds, and what two plans are compared by."""
+    driver = {name: value for name, value in (plan.get("driver") or {}).items() if name not in _MOMENTARY}
+    decisions = [decision for decision in plan["decisions"] if decision["setting"] not in _MOMENTARY]
+    return {**plan, "driver": driver, "decisions": decisions}

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from llmhost.catalogue import drivers
+from llmhost.catalogue import CudaDirectory, drivers
 from llmhost.hardware import Hardware
-from llmhost.plan.model import AptSource
+from llmhost.plan.model import AptPin, AptSource
 from llmhost.plan.systems import system_of
 from llmhost.settings import Settings
 
+ARCHIVE, CUDA = "ubuntu-archive", "cuda-repository"
 VENDOR = "vendor"  # the key setting's word for the vendor's own
 
 
 def cuda_source(settings: Settings, hardware: Hardware) -> AptSource:
     """NVIDIA's repository for this host's distribution. Its keys are not in this repository: the host fetches one."""
-    cuda = drivers().cuda_repository
-    directory = cuda.distributions[distribution(hardware)]
+    directory = cuda_directory(hardware)
     base = settings.mirror_cuda.rstrip("/")
-    uri = f"{base}/{directory.directory}/{cuda.architectures[hardware.machine]}/"
+    uri = f"{base}/{directory.directory}/{directory.architectures[hardware.machine]}/"
     theirs = settings.mirror_cuda_key == VENDOR
     return AptSource(
         name="nvidia-cuda",
@@ -31,6 +31,11 @@ def cuda_source(settings: Settings, hardware: Hardware) -> AptSource:
         key_url=f"{uri}{directory.key}" if theirs else "",
         fingerprint=directory.fingerprint if theirs else "",
     )
+
+
+def cuda_directory(hardware: Hardware) -> CudaDirectory:
+    """What NVIDIA's repository has for this host's distribution."""
+    return drivers().cuda_repository.distributions[distribution(hardware)]
 
 
 def docker_source(settings: Settings, hardware: Hardware) -> AptSource:
@@ -66,6 +71,28 @@ def toolkit_source(settings: Settings, hardware: Hardware) -> AptSource:
     )
 
 
+def driver_pins(settings: Settings, hardware: Hardware, source: str) -> tuple[AptPin, ...]:
+    """What keeps a driver from having two origins; `source` is the one that it has."""
+    if source == ARCHIVE:
+        return against_cuda(settings)
+    if hardware.os_id == "ubuntu":
+        why = "the driver comes from NVIDIA's repository, and from there only"
+        return (AptPin(" ".join(drivers().driver_globs), "release o=Ubuntu", -1, why),)
+    return ()  # Debian's are older, and the pinning package names the version
+
+
+def against_cuda(settings: Settings) -> tuple[AptPin, ...]:
+    """NVIDIA's repository may bring tools, no driver. Its label and its host both tell it, mirrors keep either."""
+    theirs = host_of(str(Settings.model_fields["mirror_cuda"].default))
+    shared = (settings.mirror_apt_archive, settings.mirror_apt_security, settings.mirror_docker)
+    # A host that serves other repositories too cannot be told by its name: what is wanted would be shut out.
+    others = {host_of(url) for url in (*shared, settings.mirror_container_toolkit)}
+    hosts = [host for host in dict.fromkeys((theirs, host_of(settings.mirror_cuda))) if host not in others]
+    why = "the driver comes from elsewhere: never a second origin"
+    globs = " ".join(drivers().driver_globs)
+    return tuple(AptPin(globs, pin, -1, why) for pin in ("release l=NVIDIA CUDA", *(f"origin {h}" for h in hosts)))
+
+
 def distribution(hardware: Hardware) -> str:
     """The host's system as the catalogue names it: "ubuntu 24.04"."""
     return f"{hardware.os_id} {hardware.os_version}"
@@ -73,7 +100,7 @@ def distribution(hardware: Hardware) -> str:
 
 def known_distribution(hardware: Hardware) -> bool:
     """Whether packages for this system and machine are known at all; plan/host.py refuses it otherwise."""
-    return system_of(hardware) is not None and hardware.machine in drivers().cuda_repository.architectures
+    return system_of(hardware) is not None and hardware.machine in drivers().docker.architectures
 
 
 def installed(hardware: Hardware) -> dict[str, str]:

@@ -51,10 +51,10 @@ def boot_id(host: str) -> str:
 
 def packages(host: str, *patterns: str) -> dict[str, str]:
     """{name: version} of the installed packages with names like these."""
-    shown = spine.on(
-        host, f"dpkg-query -W -f '${{Package}} ${{Version}} ${{db:Status-Abbrev}}\\n' {' '.join(patterns)} || true"
-    )
-    return {name: version for name, version, status in map(str.split, shown.splitlines()) if status[1] == "i"}
+    shown = "'${Package} ${db:Status-Status} ${Version}\\n'"
+    lines = spine.on(host, f"dpkg-query -W -f {shown} {' '.join(patterns)} || true").splitlines()
+    words = [line.split() for line in lines]
+    return {name: "".join(version) for name, status, *version in words if status == "installed"}
 
 
 def is_active(host: str, unit: str) -> bool:

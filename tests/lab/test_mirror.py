@@ -566,7 +566,7 @@ def test_a_second_prepare_takes_no_time(announced: dict[str, Any]) -> None:
 @pytest.mark.lab
 def test_the_mirror_listens_on_its_address_alone(announced: dict[str, Any]) -> None:
     listening = subprocess.run(["ss", "-Hltn"], check=True, capture_output=True, text=True).stdout
-    for port in (8900, 8901, 3142):
+    for port in (8900, 8901, 8902, 3142):
         assert f"{announced['address']}:{port} " in listening
         with pytest.raises(OSError, match="refused"):
             socket.create_connection(("127.255.255.254", port), timeout=5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -122,6 +123,10 @@ class Machine:
     holders: list[str] = field(default_factory=list)
     drains: bool = True  # stopped services let go of the modules
     initramfs_stale: bool = False
+    lacking: list[str] = field(default_factory=list)  # further modules that are not loaded
+    rebooted: dict[str, str] | None = None  # the record of a reboot
+    newer: dict[str, tuple[str, str]] = field(default_factory=dict)  # (old, new) versions that an upgrade would bring
+    helpless: bool = False  # a reboot changes nothing but the boot
     daemon: dict[str, Any] = field(default_factory=dict)
     daemon_fault: str = ""
     adoptable: bool = False
@@ -153,7 +158,7 @@ class Machine:
                 }
             ),
             "import grp, hashlib": lambda: json.dumps(self.files),
-            "dpkg-query --show --showformat": lambda: "\n".join(
+            "${Package} ${db:Status-Status} ${Version}": lambda: "\n".join(
                 f"{name} installed {version}" for name, version in self.packages.items()
             ),
             "def on_disk(kernel)": self.modules,
@@ -172,6 +177,10 @@ class Machine:
             "UnitFileState": lambda: json.dumps(self.units),
             '"check"': lambda: json.dumps(self.image),
             "cat /proc/sys/kernel/random/boot_id": lambda: f"boot-{self.boots}",
+            "apt-get -s --only-upgrade": lambda: "\n".join(
+                f"{name} {f'[{old}] ' if old else ''}({new} Debian:12 [amd64])"
+                for name, (old, new) in self.newer.items()
+            ),
         }
 
     def modules(self) -> str:
@@ -192,6 +201,8 @@ class Machine:
                 "holders": self.holders,
                 "bound": self.bound,
                 "initramfs_stale": self.initramfs_stale,
+                "lacking": self.lacking,
+                "rebooted": self.rebooted,
             }
         )
 
@@ -205,7 +216,13 @@ class Machine:
             r"os\.rename\(part, path\)": self.write,
             r"apt-get .* install (?P<words>[^\n]+)$": self.install,
             "^update-initramfs": lambda found, stdin: self.set(initramfs_stale=False),
-            r"modprobe nvidia 2": lambda found, stdin: self.set(loaded=self.disk),
+            r"for module in nvidia (?P<more>[^;]+); do.*modprobe": lambda found, stdin: self.set(
+                loaded=self.disk, lacking=[name for name in self.lacking if name not in found["more"].split()]
+            ),
+            r"^rm -f (?P<paths>.*)$": self.remove,
+            r"^sh -c 'umask 077 .* record /var/lib/llmhost/reboot\.json (?P<told>.*)$": lambda found, stdin: self.set(
+                rebooted=json.loads(shlex.split(found["told"])[0])
+            ),
             r"^systemctl stop (?P<units>.*) 2>": self.stop,
             r"modprobe -r": lambda found, stdin: self.set(loaded=""),
             r"systemctl reboot": self.reboot,
@@ -243,6 +260,10 @@ class Machine:
 
     def install(self, found: re.Match[str], stdin: str) -> str:
         for word in found["words"].split():
+            if word in self.newer:
+                self.packages[word] = self.newer.pop(word)[1]
+                self.newer = {name: versions for name, versions in self.newer.items() if versions[0]}
+                continue
             if word.endswith("-"):
                 self.packages.pop(word[:-1], None)
                 continue
@@ -262,8 +283,18 @@ class Machine:
             self.references, self.holders = 0, []
         return ""
 
+    def remove(self, found: re.Match[str], stdin: str) -> str:
+        for path in found["paths"].split():
+            if path == "/var/lib/llmhost/reboot.json":
+                self.rebooted = None
+            else:
+                del self.files[path]
+        return ""
+
     def reboot(self, found: re.Match[str], stdin: str) -> str:
         self.boots += 1
+        if self.helpless:
+            return ""
         self.kernel, self.bound, self.references, self.holders = self.newest_kernel, [], 0, []
         self.loaded = self.disk
         return ""
@@ -306,7 +337,7 @@ class Run:
 def play(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[..., Run]:
     caplog.set_level("INFO", logger="pyinfra")
 
-    def play(machine: Machine, plan: HostPlan) -> Run:
+    def play(machine: Machine, plan: HostPlan, upgrade: bool = False) -> Run:
         def run_shell_command(connector: Any, command: Any, *_: Any, **keywords: Any) -> Any:
             connector.executed_commands.append(str(command))
             try:
@@ -321,7 +352,7 @@ def play(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> C
         inventory = Inventory(([(BOX, {})], {}))
         state = State(inventory, Config())
         connect_all(state)
-        add_deploy(state, lambda: (nvidia_driver(plan), containers(plan)))
+        add_deploy(state, lambda: (nvidia_driver(plan, upgrade), containers(plan, upgrade)))
         assert machine.done == []  # nothing is done while pyinfra prepares
         with suppress(PyinfraError):  # "No hosts remaining!"
             run_ops(state)
@@ -350,6 +381,7 @@ def converged(play: Callable[..., Run]) -> Machine:
 INSTALL_PIN = rf"--purge install --yes.* install nvidia-driver-pinning-{OLD}$"
 INSTALL_DRIVER = rf"install nvidia-driver-pinning-{OLD} nvidia-driver-cuda nvidia-kernel-open-dkms linux-headers-amd64$"
 REBOOT = r"systemctl reboot"
+LOAD = r"for module in nvidia nvidia_uvm; do.*modprobe"
 
 
 # --- tests ------------------------------------------------------------------------------------------------------
@@ -390,7 +422,53 @@ def test_a_second_run_does_nothing(play: Callable[..., Run], converged: Machine)
 def test_a_host_without_a_driver_or_docker_is_left_alone(play: Callable[..., Run]) -> None:
     machine = Machine()
     ran = play(machine, host_plan(None, None))
-    assert (ran.done, machine.asked, ran.failed) == ([], [], False)
+    assert (ran.done, ran.changed, ran.failed) == ([], [], False)
+    assert len(machine.asked) <= 2, "one look for leftovers, while pyinfra prepares and when it executes"
+
+
+OF_A_DRIVER = ("/etc/llmhost/driver", "/etc/modprobe.d/llmhost-nouveau.conf")
+OF_APT = (
+    "/etc/apt/preferences.d/llmhost",
+    "/etc/apt/apt.conf.d/52llmhost-unattended-upgrades",
+    "/etc/apt/sources.list.d/llmhost-nvidia-cuda.sources",
+    "/etc/apt/sources.list.d/llmhost-docker.sources",
+    "/etc/apt/keyrings/llmhost-docker.asc",
+)
+
+
+def test_what_is_no_longer_planned_goes(play: Callable[..., Run], converged: Machine) -> None:
+    assert {*OF_A_DRIVER, *OF_APT} <= converged.files.keys()
+    ran = play(converged, host_plan(None, None))
+    assert (len(ran.done), ran.failed) == (1, False)
+    assert converged.files.keys() & {*OF_A_DRIVER, *OF_APT} == set()
+    assert f"remove {OF_A_DRIVER[0]}, which is no longer planned" in ran.log
+    assert (play(converged, host_plan(None, None)).done, ran.failed) == ([], False)
+
+
+def test_docker_stays_when_the_driver_goes(play: Callable[..., Run], converged: Machine) -> None:
+    alone = host_plan(None, dataclasses.replace(CONTAINERS, toolkit_version="", toolkit_packages=()))
+    assert not play(converged, alone).failed
+    assert converged.files.keys() & {*OF_A_DRIVER, *OF_APT} == {*OF_APT} - {OF_APT[2]}
+    assert '"nvidia-";' in converged.contents[OF_APT[1]], "the containers' own list of what must not move"
+    assert '"linux-image-";' not in converged.contents[OF_APT[1]]
+    assert play(converged, alone).done == []
+
+
+def test_the_driver_stays_when_docker_goes(play: Callable[..., Run], converged: Machine) -> None:
+    alone = host_plan(DRIVER, None)
+    assert not play(converged, alone).failed
+    assert "/etc/apt/sources.list.d/llmhost-docker.sources" not in converged.files
+    assert '"docker-ce";' not in converged.contents[OF_APT[1]]
+    assert play(converged, alone).done == []
+
+
+def test_the_toolkits_pins_come_before_the_drivers(play: Callable[..., Run]) -> None:
+    """apt takes the first entry that names a package, and the driver's nvidia-* names the toolkit too."""
+    own = dataclasses.replace(CONTAINERS, pins=(AptPin("nvidia-container-toolkit", "version 1.20.0-1", 1001, "one"),))
+    machine = Machine()
+    play(machine, host_plan(docker=own))
+    named = re.findall(r"^Package: (.*)$", machine.contents["/etc/apt/preferences.d/llmhost"], re.MULTILINE)
+    assert named == ["nvidia-container-toolkit", "cuda-compat-*"]
 
 
 def test_the_marker_is_the_first_file_and_comes_before_any_package(play: Callable[..., Run]) -> None:
@@ -413,7 +491,11 @@ def test_what_is_written(play: Callable[..., Run]) -> None:
     frozen = machine.contents["/etc/apt/apt.conf.d/52llmhost-unattended-upgrades"]
     assert re.findall(r'^    "(.*)";$', frozen, re.MULTILINE) == ["nvidia-", "linux-image-", "docker-ce"]
     persistence = machine.contents["/etc/systemd/system/nvidia-persistenced.service.d/llmhost.conf"]
-    assert "ExecStart=/usr/bin/nvidia-persistenced --persistence-mode --verbose" in persistence
+    assert "--persistence-mode" in persistence
+    docker = machine.contents["/etc/systemd/system/docker.service.d/llmhost.conf"]
+    for unit in (persistence, docker):  # they start without llmhost's program, too
+        assert "\nExecStartPre=-+/usr/local/lib/llmhost/inputs record %n" in unit
+    assert machine.contents["/etc/modules-load.d/llmhost-nvidia.conf"].splitlines()[-1] == "nvidia_uvm"
     assert "nova_core" in machine.contents["/etc/modprobe.d/llmhost-nouveau.conf"]
 
 
@@ -424,6 +506,15 @@ def test_lists_of_a_repository_are_fetched_strictly_before_a_package_comes_from_
     assert "APT::Update::Error-Mode=any" in first[own : own + 200]
     assert "mirror_cuda: https://developer.download.nvidia.com" in first
     assert own < first.index("install --yes")
+
+
+def test_nobody_is_asked_about_configuration_files(play: Callable[..., Run]) -> None:
+    ran = play(Machine(bound=[]), host_plan())
+    installing = [command for command in ran.done if "apt-get" in command]
+    assert len(installing) == 4
+    for command in installing:
+        assert "-o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold" in command
+        assert "dpkg --force-confdef --force-confold --configure -a" in command
 
 
 def test_a_wrong_key_stops_before_apt_is_touched(play: Callable[..., Run]) -> None:
@@ -529,7 +620,7 @@ def test_another_branch_replaces_packages_and_reloads(play: Callable[..., Run], 
         rf"--allow-change-held-packages .* install nvidia-driver-pinning-{NEW} nvidia-driver-cuda ",
         r"^systemctl stop vllm\.service nvidia-persistenced\.service nvidia-fabricmanager\.service",
         r"modprobe -r",
-        r"modprobe nvidia 2",
+        LOAD,
         r"start .*nvidia-persistenced\.service",
         r"systemctl restart nvidia-cdi-refresh",
     )
@@ -591,6 +682,90 @@ def test_reboot_allowed_never_stops_with_what_to_do(play: Callable[..., Run]) ->
     assert not play(machine, host_plan(dataclasses.replace(DRIVER, reboot_allowed="never"))).failed
 
 
+SERVED: dict[str, Any] = {"active": "active", "sub": "running", "stale": False, "enabled": "enabled", "reload": False}
+
+
+def test_modules_that_stay_leave_the_services_up_where_no_reboot_may_follow(
+    play: Callable[..., Run], converged: Machine
+) -> None:
+    """The kernel itself holds on to them, which is seen only once the services have let go."""
+    converged.units["vllm.service"] = dict(SERVED)
+    converged.set(references=1, drains=False)
+    ran = play(converged, host_plan(dataclasses.replace(DRIVER_595, reboot_allowed="never")))
+    assert ran.failed
+    assert (ran.order(REBOOT, "modprobe -r"), converged.loaded) == ([-1, -1], OLD)
+    assert {unit: converged.units[unit]["active"] for unit in ("vllm.service", "nvidia-persistenced.service")} == {
+        "vllm.service": "active",
+        "nvidia-persistenced.service": "active",
+    }
+    assert "could not be unloaded: the kernel (1 uses). reboot_allowed is never." in ran.log
+    assert "Running again: vllm.service, nvidia-persistenced.service." in ran.log
+
+
+def test_a_service_that_was_down_before_the_reload_is_not_started(play: Callable[..., Run], converged: Machine) -> None:
+    converged.units["vllm.service"] = {**SERVED, "active": "failed"}
+    converged.set(references=1, drains=False)
+    assert play(converged, host_plan(dataclasses.replace(DRIVER_595, reboot_allowed="never"))).failed
+    assert converged.units["vllm.service"]["active"] == "inactive"
+
+
+def test_a_module_that_somebody_else_holds_stops_nothing_where_no_reboot_may_follow(
+    play: Callable[..., Run], converged: Machine
+) -> None:
+    converged.units["vllm.service"] = dict(SERVED)
+    converged.set(references=1, holders=["the module gdrdrv"])
+    ran = play(converged, host_plan(dataclasses.replace(DRIVER_595, reboot_allowed="never")))
+    assert ran.failed
+    assert ran.order("systemctl stop", "install .*nvidia-driver-cuda") == [-1, -1]
+    assert "the module gdrdrv uses it. reboot_allowed is never" in ran.log
+    assert "No package was changed" in ran.log
+
+
+def test_a_reboot_that_did_not_help_is_not_done_at_every_deploy(play: Callable[..., Run]) -> None:
+    """Its boot loader is held to the older kernel, say."""
+    machine = Machine(bound=[], newest_kernel=NEXT, helpless=True)
+    ran = play(machine, host_plan())
+    assert (ran.failed, machine.boots) == (True, 2)
+    assert machine.rebooted and machine.rebooted["boot_id"] == "boot-1"
+    again = play(machine, host_plan())
+    assert (again.failed, machine.boots) == (True, 2)
+    for words in ("held to that kernel", "grub-editenv list", "remove /var/lib/llmhost/reboot.json"):
+        assert words in again.log
+    machine.set(helpless=False, kernel=NEXT)  # the operator mends it, and reboots
+    mended = play(machine, host_plan())
+    assert not mended.failed, mended.log
+    assert machine.boots == 2
+    assert machine.rebooted is None
+    assert play(machine, host_plan()).done == []
+
+
+def test_a_reboot_that_helped_leaves_no_record(play: Callable[..., Run]) -> None:
+    machine = Machine()
+    ran = play(machine, host_plan())
+    record, reboot, forgotten = ran.order("umask 077", REBOOT, r"^rm -f /var/lib/llmhost/reboot\.json")
+    assert -1 < record < reboot < forgotten
+    assert machine.rebooted is None
+
+
+def test_a_reboot_for_another_reason_is_done_again(play: Callable[..., Run]) -> None:
+    machine = Machine(rebooted={"reason": "nova holds the GPU", "boot_id": "boot-0"})
+    assert not play(machine, host_plan()).failed
+    assert machine.boots == 2
+
+
+def test_nvlink_5_needs_ib_umad_now_and_at_each_boot(play: Callable[..., Run]) -> None:
+    switched = dataclasses.replace(DRIVER, fabric_manager=True, packages=(*DRIVER.packages, "nvlsm"))
+    machine = Machine(bound=[], lacking=["ib_umad"])
+    ran = play(machine, host_plan(switched, None))
+    assert not ran.failed, ran.log
+    assert machine.lacking == []
+    lines = machine.contents["/etc/modules-load.d/llmhost-nvidia.conf"].splitlines()
+    assert [line for line in lines if not line.startswith("#")] == ["nvidia_uvm", "ib_umad"]
+    machine.set(lacking=["ib_umad"])
+    assert "load the modules: ib_umad is not loaded" in play(machine, host_plan(switched, None)).log
+    assert play(machine, host_plan(switched, None)).done == []
+
+
 def test_the_machine_that_pyinfra_runs_on_is_not_rebooted(
     play: Callable[..., Run], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -635,6 +810,14 @@ def test_an_installed_driver_is_kept_and_made_persistent(play: Callable[..., Run
     assert machine.units["nvidia-persistenced.service"]["active"] == "active"
 
 
+def test_an_installed_driver_is_not_upgraded(play: Callable[..., Run]) -> None:
+    """Its modules are not reloaded either: the engine would be left with two versions."""
+    machine = Machine(bound=[], loaded=OLD, disk=OLD, newer=dict(NEWER_KERNEL))
+    ran = play(machine, host_plan(KEPT, None), upgrade=True)
+    assert not ran.failed, ran.log
+    assert ran.order("apt-get") == [-1]
+
+
 def test_an_installed_driver_without_a_daemon_gets_none(play: Callable[..., Run]) -> None:
     machine = Machine(bound=[])
     ran = play(machine, host_plan(KEPT, None))
@@ -650,6 +833,52 @@ def test_the_fabric_manager_runs_where_it_is_planned(play: Callable[..., Run]) -
         -1,
     ]
     assert not any("fabricmanager" in c and "start" in c for c in play(Machine(bound=[]), host_plan(DRIVER, None)).done)
+
+
+# --- upgrade.py -------------------------------------------------------------------------------------------------
+
+NEWER_DOCKER = {"docker-ce": ("5:29.7.2", "5:29.8.0")}
+NEWER_KERNEL = {"linux-headers-amd64": ("6.1.40-1", "6.1.41-1"), f"linux-headers-{NEXT}": ("", "6.1.41-1")}
+
+
+def test_an_upgrade_installs_what_is_newer_in_one_transaction(play: Callable[..., Run], converged: Machine) -> None:
+    converged.newer = dict(NEWER_KERNEL)
+    ran = play(converged, host_plan(), upgrade=True)
+    assert not ran.failed, ran.log
+    (only,) = [command for command in ran.done if "apt-get" in command]
+    assert only.endswith("install linux-headers-amd64")
+    assert "--only-upgrade" in only
+    assert "--allow-change-held-packages" not in only
+    assert ran.changed == ["NVIDIA driver | newer driver and kernels"]
+    assert f"install linux-headers-{NEXT} 6.1.41-1" in ran.log
+
+
+def test_an_upgrade_asks_for_what_unattended_upgrades_leave_alone(play: Callable[..., Run], converged: Machine) -> None:
+    play(converged, host_plan(), upgrade=True)
+    asked = [command for command in converged.asked if "apt-get -s --only-upgrade" in command]
+    assert [re.findall(r"--regexp=(\S+?)'? ", f"{command} ") for command in asked] == [
+        ["nvidia-", "linux-image-"],
+        ["docker-ce", "nvidia-"],
+    ]
+    assert all("APT::Update::Error-Mode=any" in command for command in asked)
+
+
+def test_an_upgrade_of_a_host_that_has_the_newest_changes_nothing(play: Callable[..., Run], converged: Machine) -> None:
+    ran = play(converged, host_plan(), upgrade=True)
+    assert (ran.done, ran.changed, ran.failed) == ([], [], False)
+
+
+def test_a_deploy_upgrades_nothing(play: Callable[..., Run], converged: Machine) -> None:
+    converged.newer = {**NEWER_KERNEL, **NEWER_DOCKER}
+    assert play(converged, host_plan()).done == []
+
+
+def test_upgrade_py_is_deploy_py_with_upgrades() -> None:
+    def steps(name: str) -> list[str]:
+        return re.findall(r"^(?:from|plan|\w+\().*", (ROOT / name).read_text(), re.MULTILINE)
+
+    assert [line.replace("(plan, upgrade=True)", "(plan)") for line in steps("upgrade.py")] == steps("deploy.py")
+    assert sum("upgrade=True" in line for line in steps("upgrade.py")) == 2
 
 
 # --- Docker -----------------------------------------------------------------------------------------------------

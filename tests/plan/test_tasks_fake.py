@@ -303,10 +303,25 @@ def test_what_differs_is_mended_and_nothing_else(fresh: Run, changes: Any, chang
     assert operation.startswith(changed)
 
 
-def test_a_unit_file_that_systemd_has_not_read_is_read_and_then_run(fresh: Run) -> None:
-    read, restarted = deploy(converged(fresh, units=vllm(reload=True))).actions
+def test_a_unit_file_that_systemd_has_not_read_is_read(fresh: Run) -> None:
+    """It alone restarts nothing: a drop-in beside a service that runs as it should is new to systemd, too."""
+    ran = deploy(converged(fresh, units=vllm(reload=True)))
+    assert ran.actions == ["systemctl daemon-reload"]
+    assert ran.changed == ["Engine | vllm.service"]
+
+
+def test_a_unit_file_that_changed_is_read_and_then_run(fresh: Run) -> None:
+    read, restarted = deploy(converged(fresh, units=vllm(reload=True, stale=True))).actions
     assert read == "systemctl daemon-reload"
     assert re.search(r"systemctl restart .*vllm\.service", restarted)
+
+
+def test_unit_files_are_among_the_inputs_of_our_services() -> None:
+    """Else a changed one would be read by systemd and never run."""
+    made = planned()
+    assert made.engine and made.webui
+    for service in (made.engine.service, made.webui.service):
+        assert f"/etc/systemd/system/{service.unit}" in service.inputs
 
 
 def test_only_the_file_that_differs_is_sent(fresh: Run) -> None:

@@ -8,9 +8,23 @@ from pathlib import Path
 from llmhost.hardware import Hardware, parse
 from tests.recorded.machines import MACHINES
 
-__all__ = ["BARE", "MACHINES", "OS_RELEASES", "bare", "disks", "facts", "machine", "machine_facts", "memory"]
+__all__ = [
+    "BARE",
+    "MACHINES",
+    "OS_RELEASES",
+    "bare",
+    "disks",
+    "facts",
+    "machine",
+    "machine_facts",
+    "memory",
+    "recorded_h200",
+]
 
 BARE = Path(__file__).parent / "debian-12-bare.json"
+# What runtime/facts.sh printed on a real H200 (Ubuntu 24.04, driver 580, no systemd; 2026-11-20), identities zeroed and
+# the list of clocks left out.
+H200 = Path(__file__).parent / "h200.json"
 
 OS_RELEASES = {
     "Debian 12": 'ID=debian\nVERSION_ID="12"\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"',
@@ -34,6 +48,13 @@ def facts(**changes: str) -> str:
 def bare(**changes: str) -> Hardware:
     """The bare Debian 12 host, with some values replaced."""
     return parse(facts(**changes))
+
+
+def recorded_h200(**changes: str) -> Hardware:
+    """The real H200, with some values replaced."""
+    recorded = json.loads(H200.read_text())
+    assert not changes.keys() - recorded.keys()
+    return parse(json.dumps({**recorded, **changes}))
 
 
 def machine_facts(name: str, **changes: str) -> str:

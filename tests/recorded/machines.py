@@ -1,7 +1,7 @@
 """Machines with GPUs, a row each: what their facts have that the bare Debian host's have not.
 
-Composed, but for the H200's nvidia-smi answer, which was recorded (nvidia-smi/h200.xml, identities zeroed); the other
-answers are that document with another card's name, address and memory. PCI ids are those of the cards named.
+Composed, but for the H200's nvidia-smi answer, which was recorded (lab/gpu/nvidia-smi-q-h200.xml, identities zeroed);
+the other answers are that document with another card's name, address and memory. PCI ids are those of the cards named.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-H200_XML = (Path(__file__).parent / "nvidia-smi/h200.xml").read_text().rstrip("\n")
+H200_XML = (Path(__file__).resolve().parents[2] / "lab/gpu/nvidia-smi-q-h200.xml").read_text().rstrip("\n")
 
 # --- parts ------------------------------------------------------------------------------------------------------
 

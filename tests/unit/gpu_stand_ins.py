@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-RECORDED = Path(__file__).resolve().parents[1] / "recorded" / "nvidia-smi" / "h200.xml"
+RECORDED = Path(__file__).resolve().parents[2] / "lab/gpu/nvidia-smi-q-h200.xml"
 VERSION = "580.159.04"  # of the recorded answer
 KERNEL, NEWER = "6.8.0-99-generic", "6.8.0-100-generic"
 CARD = "0000:00:06.0"
@@ -54,6 +54,7 @@ PROGRAMS = {
     '*ActiveState*) cat "$SAYS/units" ;;\nesac',
     "dpkg-query": 'cat "$SAYS/packages"; exit 1',  # one of the patterns matches nothing
     "apt-config": 'cat "$SAYS/apt-config"',
+    "apt": 'echo "WARNING: apt does not have a stable CLI interface." >&2; cat "$SAYS/upgradable"',
     "nvidia-ctk": 'echo "INFO[0000] Found 1 CDI devices" >&2; cat "$SAYS/cdi"',
     "docker": 'case "$1" in\n'
     "version) echo 29.7.2 ;;\n"
@@ -120,6 +121,7 @@ class GpuHost:
         self.says("packages", "\n".join(rows))
         patterns = [f'Unattended-Upgrade::Package-Blacklist:: "{one}";' for one in FROZEN_DRIVER + FROZEN_CONTAINERS]
         self.says("apt-config", "\n".join(['Unattended-Upgrade::Package-Blacklist "";', *patterns]))
+        self.says("upgradable", "Listing...\n")
         self.says("cdi", "nvidia.com/gpu=0\nnvidia.com/gpu=all\n")
         self.says("torch", '[W] a library talks\n{"version": "2.14.0", "cuda": "13.0", "devices": ["NVIDIA H200"]}\n')
 
@@ -200,6 +202,7 @@ def plan_json(directory: Path) -> dict[str, Any]:
             "version": VERSION,
             "modules": "open",
             "source": "ubuntu-archive",
+            "packages": ["nvidia-headless-no-dkms-580-server-open", "nvidia-utils-580-server"],
             "fabric_manager": False,
             "gpus": 1,
             "frozen": FROZEN_DRIVER,

@@ -15,7 +15,16 @@ import pytest
 
 from infra.trust import CERTIFICATES, CONFIGURATION, UPDATER, Change, Seen, TrustLook, change_of
 from llmhost import addresses, local_files
-from llmhost.addresses import DISTRIBUTIONS, OWN_LISTS, SOURCES, NoArchive, archive, environment, repositories
+from llmhost.addresses import (
+    COMPONENTS,
+    DISTRIBUTIONS,
+    OWN_LISTS,
+    SOURCES,
+    NoArchive,
+    archive,
+    environment,
+    repositories,
+)
 from llmhost.catalogue import ROOT
 from llmhost.local_files import Unusable, certificates, public_key
 from llmhost.plan.model import BasePlan
@@ -25,7 +34,7 @@ from tests.lab.far_side import Authority
 
 # --- no step needs an address that is not a setting -------------------------------------------------------------
 
-PLACES = ("deploy.py", "tasks/*.py", "infra/*.py", "llmhost/**/*.py", "runtime/*", "templates/**/*.j2")
+PLACES = ("deploy.py", "upgrade.py", "tasks/*.py", "infra/*.py", "llmhost/**/*.py", "runtime/*", "templates/**/*.j2")
 DEFAULTS = "llmhost/settings.py"  # where addresses belong
 ADDRESS = re.compile(
     r"https?://(?!127\.0\.0\.1|\[::1\]|[{$<]|[a-z.]+\.example\b)[\w.-]+|\b(?:[a-z0-9-]+\.)+(?:com|org|net|io|cn|ai|dev|co)\b"
@@ -35,6 +44,7 @@ _REASON = "a reason in words: the default that the setting beside it replaces"
 NO_ADDRESS = {
     ("", "nvidia.com"): "the vendor's part of a device's name in CDI (nvidia.com/gpu=all)",
     ("templates/etc/systemd/system/open-webui.service.j2", "https://docs.openwebui.com"): "Documentation=, for people",
+    ("llmhost/plan/containers.py", "docker.io"): "the name of Debian's and Ubuntu's package",
     ("llmhost/plan/webui.py", "api.openai.com"): _REASON,
     ("llmhost/plan/webui.py", "api.github.com"): _REASON,
     ("llmhost/plan/webui.py", "openwebui.com"): _REASON,
@@ -147,8 +157,8 @@ def test_each_example_of_the_document_loads(tmp_path: Path) -> None:
 # --- proxies and trust ------------------------------------------------------------------------------------------
 
 BASE = BasePlan(
-    packages=(), apt_archive="", apt_security="", proxies={}, ca_certificate="", python_index="", torch_index="",
-    python_builds="", python_builds_index="", hub="",
+    packages=(), apt_archive="", apt_security="", apt_components=(), proxies={}, ca_certificate="", python_index="",
+    torch_index="", python_builds="", python_builds_index="", hub="",
 )  # fmt: skip
 PROXIES = {
     "http_proxy": "http://proxy.example:3128",
@@ -249,6 +259,62 @@ def test_a_disabled_entry_counts_for_nothing() -> None:
         "noble-security",
     )
     assert [entry.suites for entry in repositories(OWN_LISTS[0], DEBIAN)] == [("bookworm",), ("bookworm-security",)]
+
+
+# A cloud image's own list, and a one-line list without a key.
+CLOUD = """\
+Types: deb deb-src
+URIs: mirror+file:///etc/apt/mirrors/debian.list
+Suites: bookworm bookworm-updates
+Components: main
+
+Types: deb
+URIs: mirror+file:///etc/apt/mirrors/debian-security.list
+Suites: bookworm-security
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+"""
+CONTRIB = replace(BASE, apt_components=("contrib",))
+
+
+def test_a_component_that_the_hosts_lists_leave_out_is_added_beside_them() -> None:
+    first = bare({OWN_LISTS[1]: CLOUD})
+    change = change_of(CONTRIB, [], first)
+    assert (change.disable, change.restore) == ((), ())
+    archived, security = repositories(COMPONENTS, change.write[COMPONENTS])
+    assert archived.uris == ("mirror+file:///etc/apt/mirrors/debian.list",)
+    assert (archived.suites, archived.components) == (("bookworm", "bookworm-updates"), ("contrib",))
+    assert (archived.signed_by, security.signed_by) == ("", "/usr/share/keyrings/debian-archive-keyring.gpg")
+    assert security.suites == ("bookworm-security",)
+    second = seen(change, first)
+    assert change_of(CONTRIB, [], second).is_none
+    undone = change_of(BASE, [], second)
+    assert (undone.write, undone.remove) == ({}, (COMPONENTS,))
+
+
+def test_a_component_that_is_there_is_not_added() -> None:
+    change = change_of(CONTRIB, [], bare({OWN_LISTS[0]: DEBIAN.replace("-security main", "-security main contrib")}))
+    assert COMPONENTS not in change.write
+    assert change_of(CONTRIB, [], bare({})).write.keys() == {CONFIGURATION}
+    by_line = bare(
+        {OWN_LISTS[0]: "deb http://one.example/debian bookworm main\ndeb http://one.example/debian bookworm contrib\n"}
+    )
+    assert COMPONENTS not in change_of(CONTRIB, [], by_line).write
+
+
+def test_a_planned_archive_has_the_component_itself() -> None:
+    base = replace(MIRRORED, apt_components=("contrib",))
+    first = bare({OWN_LISTS[1]: CLOUD})
+    assert archive(base, "debian", "bookworm", {OWN_LISTS[1]: CLOUD}, [keyring("debian")]).components == (
+        "main",
+        "contrib",
+    )
+    assert COMPONENTS not in change_of(base, [], first).write
+    before = seen(change_of(CONTRIB, [], first), first)
+    moved = change_of(base, [], before)
+    assert COMPONENTS in moved.remove
+    back = change_of(CONTRIB, [], seen(moved, before))
+    assert COMPONENTS in back.write
 
 
 @pytest.mark.parametrize(

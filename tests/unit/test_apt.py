@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from infra import apt
+from infra.packages import NewerPackages
 from llmhost.catalogue import ROOT
 from llmhost.plan.model import AptPin
 from llmhost.render import render
@@ -135,6 +137,38 @@ def test_a_key_that_cannot_be_fetched_is_named(vendor: str, tmp_path: Path) -> N
     assert "set mirror_cuda_key to the file of the right key" in ended.stderr
 
 
+# --- what is newer ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_newer_is_asked_for_without_what_is_held(tmp_path: Path) -> None:
+    """apt-get's own words of a simulation; the stand-ins say what they were asked."""
+    stand_ins = {
+        "dpkg-query": "printf 'ii  docker-ce\\nhi  docker-cli\\nii  bash\\nrc  docker.io\\nii  linux-image-amd64\\n'",
+        "apt-get": f'echo "$*" >>{tmp_path}/asked; cat {tmp_path}/told',
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "told").write_text(
+        "Reading package lists...\nInst linux-image-6.1.0-41-amd64 (6.1.158-1 Debian:12.9 [amd64])\n"
+        "Inst docker-ce [5:29.7.2-1] (5:29.8.0-1 Docker CE:bookworm [amd64]) []\nConf docker-ce (5:29.8.0-1)\n"
+    )
+    fact = NewerPackages()
+    command = fact.command(
+        patterns=["^docker-", r"^docker\.io$", "^linux-(image|headers)-"], script="set -u"
+    ).get_raw_value()
+    ended = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert fact.process(ended.stdout.splitlines()) == {
+        "linux-image-6.1.0-41-amd64": ("", "6.1.158-1"),
+        "docker-ce": ("5:29.7.2-1", "5:29.8.0-1"),
+    }
+    asked = (tmp_path / "asked").read_text()
+    assert asked == "-s --only-upgrade --no-install-recommends install docker-ce linux-image-amd64\n"
+
+
 # --- files, read by those who will read them on the host --------------------------------------------------------
 
 
@@ -177,8 +211,7 @@ def test_apt_reads_a_repository(tmp_path: Path, source: Any, release: str) -> No
 
 
 @needs_systemd
-@pytest.mark.parametrize("source", ["ubuntu-archive", "cuda-repository"])
-def test_the_drop_in_makes_the_static_unit_persistent_and_enableable(tmp_path: Path, source: str) -> None:
+def test_the_drop_in_makes_the_static_unit_persistent_and_enableable(tmp_path: Path) -> None:
     """Ubuntu's unit as it is shipped: static, stopped when unneeded, without persistence mode."""
     units, drop_in = (
         tmp_path / "usr/lib/systemd/system",
@@ -191,7 +224,7 @@ def test_the_drop_in_makes_the_static_unit_persistent_and_enableable(tmp_path: P
     )
     for name in ("basic", "sysinit", "shutdown", "multi-user"):
         (units / f"{name}.target").write_text("[Unit]\n")
-    for program in ("/usr/bin/nvidia-persistenced", "/usr/local/lib/llmhost/inputs"):
+    for program in ("/bin/sh", "/usr/bin/nvidia-persistenced", "/usr/local/lib/llmhost/inputs"):
         file = tmp_path / program[1:]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("#!/bin/sh\n")
@@ -200,12 +233,20 @@ def test_the_drop_in_makes_the_static_unit_persistent_and_enableable(tmp_path: P
     assert subprocess.run(enabled, capture_output=True, text=True).stdout.strip() == "static"
     written = tmp_path / drop_in[1:]
     written.parent.mkdir(parents=True)
-    driver = dataclasses.replace(DRIVER, source=source)
-    written.write_text(render(drop_in, driver=driver, dropin=drop_in))
+    written.write_text(render(drop_in, dropin=drop_in))
     verify = ["systemd-analyze", "verify", f"--root={tmp_path}", "--man=no", "nvidia-persistenced.service"]
     ended = subprocess.run(verify, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert subprocess.run(enabled, capture_output=True, text=True).stdout.strip() == "disabled"
-    (start,) = [line for line in written.read_text().splitlines() if line.startswith("ExecStart=/")]
-    assert " --persistence-mode" in start
-    assert ("--user" in start) is (source == "ubuntu-archive")
+
+
+@pytest.mark.parametrize(("exists", "user"), [(True, "--user nvidia-persistenced "), (False, "")])
+def test_the_daemon_runs_as_its_user_where_the_host_has_it(tmp_path: Path, exists: bool, user: str) -> None:
+    drop_in = "/etc/systemd/system/nvidia-persistenced.service.d/llmhost.conf"
+    (start,) = re.findall(r"^ExecStart=(/.*)$", render(drop_in, dropin=drop_in), re.MULTILINE)
+    program, option, script = shlex.split(start.replace("$$", "$"))  # as systemd reads it
+    (tmp_path / "getent").write_text(f"#!/bin/sh\n[ \"$*\" = 'passwd nvidia-persistenced' ] && {str(exists).lower()}\n")
+    (tmp_path / "getent").chmod(0o755)
+    told = script.replace("/usr/bin/nvidia-persistenced", "echo")
+    ended = subprocess.run([program, option, told], capture_output=True, text=True, env={"PATH": f"{tmp_path}:/bin"})
+    assert ended.stdout == f"{user}--persistence-mode --verbose\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -96,9 +97,12 @@ class Tree:
 
     @property
     def raw(self) -> dict[str, str]:
+        return self.read()
+
+    def read(self, **environment: str) -> dict[str, str]:
         path = f"{self.root}/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        found = run_script(LLMHOST_ROOT=str(self.root), DPKG_ADMINDIR=f"{self.root}/dpkg", PATH=path)
-        facts: dict[str, str] = json.loads(found)
+        here = {"LLMHOST_ROOT": str(self.root), "DPKG_ADMINDIR": f"{self.root}/dpkg", "PATH": path}
+        facts: dict[str, str] = json.loads(run_script(**here, **environment))
         return facts
 
     @property
@@ -113,7 +117,7 @@ def tree(tmp_path: Path) -> Tree:
 
 def test_nothing_is_made_up_where_nothing_is(tree: Tree) -> None:
     facts = tree.raw
-    names = ("pci", "secure_boot", "platform", "kernels", "packages", "nvidia", "nvidia_smi", "apt")
+    names = ("pci", "secure_boot", "mok", "platform", "kernels", "packages", "nvidia", "nvidia_smi", "apt")
     assert {name: facts[name] for name in names} == dict.fromkeys(names, "")
     assert facts["nvswitches"] == "0"
 
@@ -181,6 +185,14 @@ def test_secure_boot(tree: Tree, last: bytes, state: bool) -> None:
 
 def test_without_efi_nothing_is_said_of_secure_boot(tree: Tree) -> None:
     assert tree.hardware.secure_boot is None
+
+
+@pytest.mark.parametrize("key", ["var/lib/dkms/mok.pub", "var/lib/shim-signed/mok/MOK.der"])
+def test_a_key_that_the_firmware_trusts(tree: Tree, key: str) -> None:
+    said = f'case $2 in {tree.root}/{key}) echo "$2 is $STATE enrolled"; exit 1 ;; *) exit 255 ;; esac'
+    tree.program("mokutil", f'[ "$1" = --test-key ] || exit 2\n{said}')
+    assert tree.read(STATE="already")["mok"] == "enrolled"
+    assert tree.read(STATE="not")["mok"] == ""
 
 
 @pytest.mark.parametrize(
@@ -308,6 +320,23 @@ def test_an_nvidia_smi_that_fails_has_not_answered(tree: Tree) -> None:
     tree.program("nvidia-smi", "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
     assert tree.raw["nvidia_smi"] == ""
     assert tree.hardware.driver.gpus == ()
+
+
+def test_an_nvidia_smi_that_no_signal_ends_is_not_waited_for(tree: Tree) -> None:
+    """As on a lost GPU: in the kernel, it outlives `timeout` (here it ignores what `timeout` sends)."""
+    tree.program("nvidia-smi", f"trap '' TERM; echo $$ >{tree.root}/pid; echo '<?xml'; exec sleep 60")
+    facts = tree.read(LLMHOST_PATIENCE="1", TMPDIR=str(tree.root))
+    stuck = int((tree.root / "pid").read_text())
+    os.kill(stuck, signal.SIGKILL)  # it is still there, or this fails
+    assert facts["nvidia_smi"] == ""
+    assert facts["plan"] == json.loads(run_script())["plan"]
+    assert not list(tree.root.glob("tmp.*"))
+
+
+@pytest.mark.parametrize("path", ["usr/local/bin/k3s", "usr/bin/kubelet"])
+def test_a_node_of_kubernetes(tree: Tree, path: str) -> None:
+    tree.file(path, "")
+    assert tree.hardware.docker.kubernetes == Path(path).name
 
 
 def test_docker_with_compose_and_the_toolkit(tree: Tree) -> None:

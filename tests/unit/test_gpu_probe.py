@@ -17,16 +17,17 @@ from typing import Any
 import pytest
 
 from llmhost.certificate import text
-from llmhost.checks_gpu import container_rows, driver_rows
+from llmhost.checks_gpu import BEFORE_HOPPER, container_rows, driver_rows, is_of_another_system
 from llmhost.evidence import FAILED, PASSED, SKIPPED, Result, evaluate
 from llmhost.plan.model import ContainersPlan, DriverPlan, EnginePlan, HostPlan
 from tests.unit import stand_ins
-from tests.unit.gpu_stand_ins import CARD, KERNEL, NEWER, VERSION, GpuHost
+from tests.unit.gpu_stand_ins import CARD, KERNEL, NEWER, TOOLKIT, VERSION, GpuHost
 from tests.unit.stand_ins import HostFiles
 
+GOLDEN = Path(__file__).resolve().parents[1] / "plan/golden/drivers"
 RUNTIME = Path(__file__).resolve().parents[2] / "runtime"
 OF_EACH_CARD = {f"gpu.{name}" for name in ("ecc", "remapped_rows", "recovery_action", "not_throttled", "persistence")}
-OF_NVIDIA_SMI = OF_EACH_CARD | {"gpu.count", "gpu.link_width"}
+OF_NVIDIA_SMI = OF_EACH_CARD | {"gpu.branch", "gpu.count", "gpu.link_width"}
 IN_CONTAINERS = {"containers.gpu", "containers.gpu_after_reload"}
 
 
@@ -145,6 +146,26 @@ def switches(state: str, status: str, unit: str = "active") -> Callable[[GpuHost
     return change
 
 
+def of_generation(architecture: str, change: Callable[[GpuHost], None]) -> Callable[[GpuHost], None]:
+    def both(host: GpuHost) -> None:
+        element("product_architecture", architecture)(host)
+        change(host)
+
+    return both
+
+
+def subnet_manager(module: str) -> Callable[[GpuHost], None]:
+    """A B200's host, its fabric ready: the manager needs nvlsm, and that the module."""
+
+    def change(host: GpuHost) -> None:
+        switches("Completed", "Success")(host)
+        host.plan["driver"]["packages"] = ["nvidia-fabricmanager", "nvlsm"]
+        if module:
+            host.file(f"sys/module/{module}/refcnt", "2\n")
+
+    return change
+
+
 def without(answer: str, line: str) -> Callable[[GpuHost], None]:
     def change(host: GpuHost) -> None:
         lines = (host.answers / answer).read_text().splitlines(keepends=True)
@@ -203,7 +224,7 @@ FAULTS = [
         lambda host: host.remove("sys/module/nvidia/version"),
         "gpu.versions",
         '"loaded": "none"',
-        {"gpu.branch", "containers.cdi_fresh"},
+        {"containers.cdi_fresh"},
     ),
     fault(
         "no module for this kernel",
@@ -220,8 +241,8 @@ FAULTS = [
         "gpu.newest_kernel",
         f'"kernel": "{NEWER}", "modules": "none"',
     ),
-    fault("no nvidia-uvm", lambda host: host.remove("dev/nvidia-uvm"), "gpu.device_nodes", '["nvidia0", "nvidiactl"]'),
-    fault("a file for a device", file_in_place_of_a_node, "gpu.device_nodes", '["nvidia-uvm", "nvidiactl"]'),
+    fault("no nvidia-uvm", lambda host: host.remove("dev/nvidia-uvm"), "gpu.device_nodes", '"others": ["nvidiactl"]'),
+    fault("a file for a device", file_in_place_of_a_node, "gpu.device_nodes", '"cards": 0'),
     fault("no fabric", environment(STAND_IN_CUINIT="802"), "gpu.cuda_init", "802, system not ready", IN_CONTAINERS),
     fault("CUDA's unknown error", environment(STAND_IN_CUINIT="999"), "gpu.cuda_init", "999, unknown", IN_CONTAINERS),
     fault("a crash in CUDA", environment(STAND_IN_CUINIT="crashes"), "gpu.cuda_init", "with signal 6", IN_CONTAINERS),
@@ -236,6 +257,15 @@ FAULTS = [
     fault(
         "Xid 79", log(f"{XID}79, GPU has fallen off the bus."), "gpu.no_xid", "Xid 79 at PCI:0000:00:06: GPU has fallen"
     ),
+    *[
+        fault(f"Xid {number}", log(f"{XID}{number}, {words}"), "gpu.no_xid", f"Xid {number} at PCI:0000:00:06: ")
+        for number, words in (
+            *((46, "GPU stopped"), (48, "DBE"), (57, "FB"), (58, "FB"), (62, "halt"), (64, "Row"), (74, "NVLink")),
+            *((95, "Uncontained"), (109, "Ch 1"), (110, "SEC"), (119, "Timeout"), (120, "GSP"), (136, "ALI")),
+            *((140, "ECC"), (143, "init"), (158, "Timeout")),
+            *((number, "NETIR_LINK_EVT Fatal XC0 i0 Link 00 (0x004505c6 0x0)") for number in range(144, 151)),
+        )
+    ],
     fault("a lost card", log("NVRM: GPU 0000:00:06.0: GPU has fallen off the bus"), "gpu.no_xid", "fallen off the bus"),
     fault("a fatal SXid", log(f"{SXID}20034, Fatal, Link 30"), "gpu.no_xid", "SXid 20034 at PCI:0000:c1:00.0, Fatal"),
     fault("no start", log("NVRM: RmInitAdapter failed! (0x22:0x56:897)"), "gpu.no_xid", "RmInitAdapter failed"),
@@ -259,6 +289,14 @@ FAULTS = [
     fault("no manager", switches("Completed", "Success", "inactive"), "gpu.fabric_manager", "inactive"),
     fault("a fabric that trains", switches("In Progress", "N/A"), "gpu.fabric_state", "In Progress, no status"),
     fault("a fabric that failed", switches("Completed", "Failure"), "gpu.fabric_state", "Completed, Failure"),
+    fault("a fabric that says nothing", switches("N/A", "N/A"), "gpu.fabric_state", "no state, no status"),
+    fault(
+        "an A100's fabric that trains",
+        of_generation("Ampere", switches("In Progress", "N/A")),
+        "gpu.fabric_state",
+        "In Progress, no status",
+    ),
+    fault("no InfiniBand for nvlsm", subnet_manager("ib_core"), "gpu.ib_umad", "not loaded"),
     fault(
         "torch without CUDA",
         lambda host: host.says("torch", '{"version": "2.14.0+cpu", "cuda": null, "devices": []}'),
@@ -324,14 +362,24 @@ def test_each_fault_fails_its_check_with_its_words(host: GpuHost, fault: Fault) 
 def test_healthy_host_passes_and_every_check_is_shown_to_fail(host: GpuHost) -> None:
     found = results(host)
     assert {name: result.seen for name, result in found.items() if result.state != PASSED} == {}
-    assert set(found) | {"gpu.fabric_state"} == {fault.check for fault in FAULTS}
+    assert set(found) | {"gpu.fabric_state", "gpu.ib_umad"} == {fault.check for fault in FAULTS}
 
 
-def test_a_ready_fabric_passes(host: GpuHost) -> None:
-    switches("Completed", "Success")(host)
+@pytest.mark.parametrize(
+    ("do", "seen"),
+    [
+        (switches("Completed", "Success"), "Completed, Success"),
+        (subnet_manager("ib_umad"), "Completed, Success"),
+        (of_generation("Ampere", switches("Completed", "Success")), "Completed, Success"),
+        (of_generation("Ampere", switches("N/A", "N/A")), BEFORE_HOPPER),
+    ],
+    ids=["H200", "B200", "A100 of the lab", "A100"],
+)
+def test_a_ready_fabric_passes(host: GpuHost, do: Callable[[GpuHost], None], seen: str) -> None:
+    do(host)
     found = results(host)
     assert {name for name, result in found.items() if result.state != PASSED} == set()
-    assert found["gpu.fabric_state"].seen == {CARD: "Completed, Success"}
+    assert found["gpu.fabric_state"].seen == {CARD: seen}
 
 
 # --- what is no fault -------------------------------------------------------------------------------------------
@@ -379,12 +427,21 @@ def test_an_applications_trouble_is_shown_and_passes(host: GpuHost) -> None:
         f"{XID}31, pid=4711, MMU Fault",
         f"{XID}31, pid=4712, MMU Fault",
         f"{SXID}12028, Non-fatal, Link 46",
+        f"{XID}145, RLW_REMAP Nonfatal XC0 i0 Link -1 (0x00000082 0x00000001)",
     )
     host.says("kernel-log", "\n".join(f"host kernel: {line}" for line in lines))
     result = results(host)["gpu.no_xid"]
     assert result.state == PASSED
     others = ["Xid 31 at PCI:0000:00:06", "SXid 12028 at PCI:0000:c1:00.0, Non-fatal, Link 46"]
-    assert result.seen == {"fatal": [], "others": others}
+    assert result.seen == {"fatal": [], "others": [*others, "Xid 145 at PCI:0000:00:06, not fatal"]}
+
+
+@pytest.mark.parametrize("number", [8, 13, 31, 43, 45, 63, 68, 69, 80, 92, 94, 137, 154])
+def test_an_xid_that_another_check_or_nobody_judges_passes(host: GpuHost, number: int) -> None:
+    """Of applications; 63, a row that was replaced, is judged by remapped rows, 154 by the recovery action."""
+    log(f"{XID}{number}, GPU recovery action changed from 0x0 (None) to 0x1 (GPU Reset Required)")(host)
+    result = results(host)["gpu.no_xid"]
+    assert (result.state, result.seen["others"]) == (PASSED, [f"Xid {number} at PCI:0000:00:06"])
 
 
 def test_without_a_journal_the_ring_buffer_is_read(host: GpuHost) -> None:
@@ -399,9 +456,52 @@ def test_a_software_power_cap_is_no_throttling(host: GpuHost) -> None:
 
 
 def test_an_installed_driver_needs_no_daemon_of_ours(host: GpuHost) -> None:
-    """Persistence mode may come from elsewhere, as long as it is on."""
+    """Persistence mode may come from elsewhere, as long as it is on; where it is off, llmhost cannot turn it on."""
     host.plan["driver"]["source"] = "installed"
     assert "gpu.persistence_daemon" not in results(host)
+    element("persistence_mode", "Disabled")(host)
+    result = results(host)["gpu.persistence"]
+    assert result.state == FAILED
+    assert "nvidia-smi -pm 1" in result.remedy
+    assert "deploy.py" not in result.remedy
+
+
+def test_updates_that_wait_are_told_and_fail_nothing(host: GpuHost) -> None:
+    """Only those that unattended upgrades leave alone: the others come by themselves."""
+    told = (
+        "nvidia-utils-580-server/noble-updates,noble-security 580.178.04-1 amd64 [upgradable from: 580.159.04-1]",
+        "libnvidia-compute-580-server/noble-updates 580.178.04-0ubuntu1 amd64 [upgradable from: 580.159.04-1]",
+        "docker-ce/noble 5:29.8.0-1 amd64 [upgradable from: 5:29.7.2-1]",
+        "vim/noble-security 2:9.1-2 amd64 [upgradable from: 2:9.1-1]",
+    )
+    host.says("upgradable", "\n".join(("Listing...", *told)))
+    found = results(host)
+    assert {name for name, result in found.items() if result.state != PASSED} == set()
+    assert found["driver.frozen"].seen["updates"] == "2 wait, 1 of them for security: pyinfra INVENTORY upgrade.py"
+    assert found["containers.frozen"].seen["updates"] == "1 wait, 0 of them for security: pyinfra INVENTORY upgrade.py"
+
+
+def test_updates_that_cannot_be_told_fail_nothing(host: GpuHost) -> None:
+    fails("apt", "E: The package lists or status file could not be parsed", 100)(host)
+    result = results(host)["driver.frozen"]
+    assert result.state == PASSED
+    assert "apt list ended with 100" in result.seen["updates"]
+
+
+@pytest.mark.parametrize(
+    ("running", "newest", "state"),
+    [
+        ("6.8.0-101-generic", "6.8.0-101-generic", FAILED),  # running, its image removed or kept elsewhere
+        ("6.8.0-99-generic", "6.8.0-100-generic", PASSED),
+    ],
+)
+def test_the_newest_kernel_is_of_those_with_an_image_and_the_running_one(
+    host: GpuHost, running: str, newest: str, state: str
+) -> None:
+    """infra/nvidia.py's rule, by which modules are loaded and reboots decided."""
+    host.says("kernel", running)
+    result = results(host)["gpu.newest_kernel"]
+    assert (result.seen["kernel"], result.state) == (newest, state)
 
 
 def test_a_reboot_that_somebody_waits_for_is_shown(host: GpuHost) -> None:
@@ -436,7 +536,11 @@ def empty_kernel_log(host: GpuHost) -> None:
             {"gpu.versions", "gpu.newest_kernel"},
             "lib/modules",
         ),
-        (fails("modinfo", "not permitted"), {"gpu.versions"}, "modinfo -k ended with 1: not permitted"),
+        (
+            fails("modinfo", "not permitted"),
+            {"gpu.versions", "gpu.newest_kernel"},
+            "modinfo -k ended with 1: not permit",
+        ),
         (fails("apt-config", "broken"), {"driver.frozen", "containers.frozen"}, "apt-config dump ended with 1"),
         (
             lambda host: host.says("stale", "no\n\nyes\n"),
@@ -457,15 +561,46 @@ def test_what_could_not_be_looked_at_is_skipped_with_its_reason(
     assert FAILED not in {result.state for name, result in not_passed.items() if name in skipped}
 
 
-def test_under_windows_the_drivers_half_there_is_skipped(host: GpuHost) -> None:
-    host.plan["driver"]["source"] = "installed"
+def windows_driver(host: GpuHost) -> None:
+    """WSL: no card on the bus, no module, no node but dxg, a libcuda of a version of its own."""
+    host.plan["driver"] |= {"source": "installed", "frozen": []}
+    for path in (f"sys/bus/pci/devices/{CARD}", "sys/module/nvidia", "proc/driver", "dev", "lib/modules"):
+        host.remove(path)
     host.device("dxg")
+    host.units("inactive", "inactive")
+    host.specification("run/cdi/nvidia.yaml", "1.1")
+    host.says("packages", "\n".join(f"{name} 1.20.0-1 ii " for name in TOOLKIT))
+
+
+def machines_driver(host: GpuHost) -> None:
+    """A container (lxc, docker): the cards' nodes and the machine's /sys, but neither its modules nor its log."""
+    host.plan["driver"] |= {"source": "installed", "frozen": []}
+    for path in ("lib/modules", "boot"):
+        host.remove(path)
+    empty_kernel_log(host)
+    host.units("inactive", "inactive")
+    element("persistence_mode", "Disabled")(host)
+
+
+@pytest.mark.parametrize("do", [windows_driver, machines_driver])
+def test_a_driver_of_another_system_is_judged_by_what_is_here(host: GpuHost, do: Callable[[GpuHost], None]) -> None:
+    """A check whose matter cannot exist here would keep such a host from ever passing."""
+    do(host)
     found = results(host)
-    skipped = {name for name, result in found.items() if result.state == SKIPPED}
-    kernel = ("count", "versions", "branch", "flavour", "newest_kernel", "device_nodes", "no_xid", "link_width")
-    assert skipped == {*(f"gpu.{name}" for name in kernel), "containers.cdi_fresh"}
-    assert "this is WSL" in found["gpu.versions"].seen
-    assert {result.state for name, result in found.items() if name not in skipped} == {PASSED}
+    assert {name: result.seen for name, result in found.items() if result.state != PASSED} == {}
+    cards = ("count", "branch", "cuda_init", "ecc", "remapped_rows", "link_width", "recovery_action", "not_throttled")
+    toolkit = ("docker", "frozen", "toolkit", "cdi", "gpu", "gpu_after_reload")
+    assert set(found) == {*(f"gpu.{name}" for name in (*cards, "torch")), *(f"containers.{name}" for name in toolkit)}
+    host.environment |= {"STAND_IN_CUINIT": "999"}
+    host.says("smi.xml", "No devices were found\n")
+    failed = {name for name, result in results(host).items() if result.state == FAILED}
+    assert failed >= {"gpu.count", "gpu.cuda_init", "containers.gpu"}
+
+
+def test_the_plans_tell_whose_driver_it_is() -> None:
+    """By what the planner makes of each machine; it plans a container as it does WSL (plan/driver.py, OUTSIDE)."""
+    plans = {file.stem: json.loads(file.read_text())["driver"] for file in GOLDEN.glob("*.json")}
+    assert {name for name, driver in plans.items() if driver and is_of_another_system(driver)} == {"wsl"}
 
 
 def test_a_unit_that_systemd_has_yet_to_read_is_not_read_for_it(host: GpuHost) -> None:
@@ -480,12 +615,12 @@ def test_a_unit_that_systemd_has_yet_to_read_is_not_read_for_it(host: GpuHost) -
 
 @pytest.mark.parametrize("nothing", [{}, None, {"error": "broken"}, {"could_not_look": "no permission"}])
 def test_nothing_passes_without_evidence(host: GpuHost, nothing: Any) -> None:
-    host.plan["driver"]["fabric_manager"] = True
+    subnet_manager("ib_umad")(host)
     gpu = look(host)
     for check in (*driver_rows(host.plan), *container_rows(host.plan)):
         assert evaluate(check, host.plan, {}).state == SKIPPED
         assert evaluate(check, host.plan, {"gpu": nothing}).state != PASSED
-        for part in check.look.split("/")[1:2] or ("smi", "versions", "newest_kernel", "specifications"):
+        for part in check.look.split("/")[1:2] or ("smi", "versions", "newest_kernel", "specifications", "frozen"):
             if check.look == "gpu" and part not in needed(check.id):
                 continue
             assert evaluate(check, host.plan, {"gpu": {**gpu, part: nothing}}).state != PASSED, (check.id, part)
@@ -498,6 +633,8 @@ def needed(check: str) -> set[str]:
         "gpu.versions": {"versions"},
         "gpu.newest_kernel": {"newest_kernel"},
         "gpu.link_width": {"smi"},
+        "driver.frozen": {"frozen"},
+        "containers.frozen": {"frozen"},
         "containers.cdi_fresh": {"versions", "specifications"},
     }[check]
 
@@ -514,6 +651,8 @@ def test_nothing_that_identifies_a_card_is_kept(host: GpuHost) -> None:
     element("serial", "1650123456789")(host)
     element("uuid", "GPU-5bd2c5a8-1111-2222-3333-444455556666")(host)
     element("chassis_serial_number", "1830123456789")(host)
+    clocks = "<value>3201 MHz</value>\n<supported_graphics_clock>1980 MHz</supported_graphics_clock>"
+    host.smi("<supported_clocks>N/A</supported_clocks>", f"<supported_clocks>\n{clocks}\n</supported_clocks>")
     seen = json.dumps(look(host))
     assert not [secret for secret in ("1650123456789", "5bd2c5a8", "1830123456789", "0xe18a1649") if secret in seen]
     assert "supported_graphics_clock" not in seen
@@ -551,7 +690,7 @@ def module() -> Any:
     [
         ({}, set()),
         ({"driver": {}, "containers": None}, set()),
-        ({"driver": {}, "containers": {"toolkit_version": ""}}, {"docker", "frozen", "packages"}),
+        ({"driver": {}, "containers": {"toolkit_version": ""}}, {"docker", "frozen", "packages", "updates"}),
     ],
 )
 def test_a_host_without_gpu_is_asked_for_no_gpu(plan: dict[str, Any], parts: set[str]) -> None:

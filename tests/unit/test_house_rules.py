@@ -17,7 +17,7 @@ from llmhost.catalogue import ROOT
 
 LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-ALL = ("deploy.py", "tasks/*.py", "infra/*.py", "llmhost/**/*.py", "lab/**/*.py")
+ALL = ("deploy.py", "upgrade.py", "tasks/*.py", "infra/*.py", "llmhost/**/*.py", "lab/**/*.py")
 # Who may read or write pyinfra's data: the door (settings), what pyinfra itself must be told, and the secrets' way.
 READS_HOST_DATA = {
     "infra/inventory.py",
@@ -162,13 +162,13 @@ RULES = (
     Rule(
         "an operation at module level: it runs for one host only",
         at_module_level,
-        ("tasks/*.py", "deploy.py"),
+        ("tasks/*.py", "deploy.py", "upgrade.py"),
         TREE + "tree(name='x')",
     ),
     Rule(
         "a plain loop that emits operations: hosts get mixed up, host.loop keeps them apart",
         in_plain_loops,
-        ("tasks/*.py", "deploy.py"),
+        ("tasks/*.py", "deploy.py", "upgrade.py"),
         TREE + "def f():\n for path in paths:\n  files.link(name=path, path=path)",
     ),
     Rule(

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmhost.modules import Action, Module, ModuleState, due, gives_way, other_versions
+from infra.nvidia import _LOAD, MODULES, NvidiaModules
+from llmhost.modules import (
+    REBOOT_RECORD,
+    Action,
+    Module,
+    ModuleState,
+    Reboot,
+    due,
+    extra_modules,
+    gives_way,
+    other_versions,
+    stranding,
+)
 from llmhost.plan.model import DriverPlan
 
 OLD, NEW = "580.178.04", "595.91.07"
@@ -91,7 +109,76 @@ UPGRADED: dict[str, Any] = {"disk": Module(NEW, "open"), "newest": Module(NEW, "
 def test_what_is_due(changes: dict[str, Any], tried: tuple[Action, ...], action: Action, words: str) -> None:
     found = due(state(**changes), driver(), tried)
     assert found.action == action
-    assert re.search(words, found.reason), found.reason
+    assert re.search(words, found.words), found.words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"disk": Module(), "loaded": Module(), "newest_kernel": NEXT}, "Is its boot loader held to that kernel"),
+        ({"loaded": Module(), "bound": ("nouveau",)}, f"lsinitramfs /boot/initrd.img-{GA} | grep nouveau"),
+        ({**UPGRADED, "holders": ("Xorg",)}, "Is it in the initial file system"),
+    ],
+    ids=["kernel", "nouveau", "initial file system"],
+)
+def test_a_reboot_that_did_not_help_is_followed_by_words(changes: dict[str, Any], words: str) -> None:
+    before = state(**changes)
+    first = due(before, driver())
+    assert first.action == "reboot"
+    done = Reboot(first.reason, before.boot_id)
+    assert due(state(**changes, rebooted=done), driver()).action == "reboot", "the run died before it was done"
+    later = due(state(**changes, rebooted=done, boot_id="another"), driver())
+    assert later.action == "stop"
+    assert words in later.words
+    assert REBOOT_RECORD in later.words
+
+
+@pytest.mark.parametrize(
+    ("changes", "plan", "strands"),
+    [
+        ({"holders": ("trainer.service",)}, driver(version="595.91.07", branch="595"), True),
+        (
+            {"holders": ("vllm.service",)},
+            driver(version="595.91.07", branch="595"),
+            False,
+        ),  # it is stopped for a reload
+        ({"holders": ("trainer.service",)}, driver(), False),
+        ({"holders": ("trainer.service",)}, driver(source="ubuntu-archive", version="580.1.1"), False),
+        ({"holders": ("trainer.service",)}, driver(source="installed", version="595.91.07"), False),
+        ({"holders": ("trainer.service",), "loaded": Module()}, driver(version="595.91.07"), False),
+        # An earlier run changed them already: what is due is said by `due`.
+        ({"holders": ("trainer.service",), "user_space": "595.91.07"}, driver(version="595.91.07"), False),
+    ],
+)
+def test_packages_are_not_changed_under_somebody_elses_feet(
+    changes: dict[str, Any], plan: DriverPlan, strands: bool
+) -> None:
+    found = stranding(state(**changes), plan)
+    assert (found is not None) == strands
+    assert found is None or "trainer.service uses it" in found.words
+
+
+def test_who_holds_the_modules_does_not_make_it_another_reason() -> None:
+    found = [due(state(**UPGRADED, holders=(holder,)), driver()).reason for holder in ("docker-1f.scope", "Xorg")]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("plan", [driver(), driver(source="installed", packages=())], ids=["ours", "kept"])
+def test_a_further_module_is_loaded(plan: DriverPlan) -> None:
+    assert due(state(lacking=("ib_umad",)), plan).words == "ib_umad is not loaded"
+    assert due(state(lacking=("ib_umad",), uvm=False), plan).words == "nvidia_uvm and ib_umad are not loaded"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"fabric_manager": True, "packages": ("nvidia-fabricmanager", "nvlsm")}, ("ib_umad",)),
+        ({"fabric_manager": True, "packages": ("nvidia-fabricmanager",)}, ()),
+        ({}, ()),
+    ],
+)
+def test_nvlink_5_needs_a_further_module(changes: dict[str, Any], expected: tuple[str, ...]) -> None:
+    assert extra_modules(driver(**changes)) == expected
 
 
 KEPT = driver(source="installed", packages=())
@@ -202,10 +289,40 @@ UBUNTU = driver(
         ("nvidia-driver-local-repo-ubuntu2404-580.95.05", UBUNTU, False),
         ("nvidia-settings", UBUNTU, False),
         ("nvidia-cuda-toolkit", UBUNTU, False),
+        ("linux-modules-nvidia-fs-6.8.0-149-generic", UBUNTU, False),
+        ("linux-modules-nvidia-fs-generic", UBUNTU, False),
+        ("linux-modules-nvidia-fs-generic", driver(), False),
+        ("linux-image-5.15.0-203-nvidia", UBUNTU, False),
+        ("linux-headers-5.15.0-203-nvidia", UBUNTU, False),
+        ("linux-modules-5.15.0-203-nvidia", driver(), False),
+        ("nvidia-fs-dkms", UBUNTU, False),
+        ("linux-nvidia-6.8", UBUNTU, False),
+        ("nvidia-firmware-570-server-570.195.03", UBUNTU, True),
+        ("xserver-xorg-video-nvidia-570", UBUNTU, True),
+        ("nvidia-tesla-470-driver", driver(), True),
+        ("libnvidia-nscq-570", driver(), True),
     ],
 )
 def test_what_gives_way(name: str, plan: DriverPlan, expected: bool) -> None:
     assert gives_way(name, plan) is expected
+
+
+DRIVER_FAMILIES = ("nvidia-", "libnvidia-", "xserver-xorg-video-nvidia-", "cuda-drivers")
+MODULE_FAMILIES = tuple(f"linux-{kind}-nvidia-" for kind in ("modules", "objects", "signatures"))
+WORDS = re.findall(
+    r"\S+",
+    "linux image headers modules objects tools nvidia libnvidia fs container container1 toolkit cuda drivers driver "
+    "dkms open server generic 570 580 595 203 5.15.0 6.8.0 149 lowlatency docker2 settings pinning kernel",
+)
+
+
+@given(st.lists(st.sampled_from(WORDS), min_size=2, max_size=7).map("-".join), st.sampled_from([driver(), UBUNTU]))
+def test_no_name_outside_the_drivers_families_gives_way(name: str, plan: DriverPlan) -> None:
+    if not gives_way(name, plan):
+        return
+    assert name.startswith((*DRIVER_FAMILIES, *MODULE_FAMILIES))
+    assert name.startswith(DRIVER_FAMILIES) or re.match(r"linux-\w+-nvidia-\d{3}-", name), "a kernel's, or nvidia-fs'"
+    assert not name.startswith(("nvidia-container", "libnvidia-container")) or re.search(r"-\d{3}(-|$)", name)
 
 
 @pytest.mark.parametrize(
@@ -223,3 +340,118 @@ def test_what_gives_way(name: str, plan: DriverPlan, expected: bool) -> None:
 def test_packages_of_another_version_are_found(installed: dict[str, str], expected: list[str]) -> None:
     assert other_versions(installed, driver()) == expected
     assert other_versions(installed, UBUNTU) == []
+
+
+# --- the look itself, at a machine made of files ----------------------------------------------------------------
+
+
+BLACKLIST = "/etc/modprobe.d/llmhost-nouveau.conf"
+
+
+@dataclasses.dataclass
+class Root:
+    """A machine's files below a directory, and the program that looks at them."""
+
+    path: Path
+
+    def write(self, name: str, text: str = "", age_seconds: int = 0) -> None:
+        file = self.path / name[1:]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        os.utime(file, (time.time() - age_seconds,) * 2)
+
+    def module(self, name: str, references: int, *holders: str) -> None:
+        self.write(f"/sys/module/{name}/refcnt", f"{references}\n")
+        (self.path / f"sys/module/{name}/holders").mkdir()
+        for holder in holders:
+            self.write(f"/sys/module/{name}/holders/{holder}")
+
+    def look(self) -> dict[str, Any]:
+        program = re.sub(r'"/(sys|boot|lib|proc)\b', rf'"{self.path}/\1', NvidiaModules.program)
+        asked = json.dumps([f"{self.path}{BLACKLIST}", MODULES, ["ib_umad"], f"{self.path}{REBOOT_RECORD}"])
+        tools = {"PATH": f"{self.path}/bin:/usr/bin:/bin"}
+        ended = subprocess.run([sys.executable, "-c", program, asked], capture_output=True, text=True, env=tools)
+        assert ended.returncode == 0, ended.stderr
+        found: dict[str, Any] = json.loads(ended.stdout)
+        return found
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Root:
+    """A host that runs GA, with the driver loaded as a real one's lsmod shows it."""
+    made = Root(tmp_path)
+    for name, text in {"uname": f"echo {GA}", "modinfo": "exit 1", "dpkg-query": "exit 1"}.items():
+        made.write(f"/bin/{name}", f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    made.module("nvidia", 3, "nvidia_uvm", "nvidia_drm", "nvidia_modeset")
+    made.module("nvidia_modeset", 1, "nvidia_drm")
+    made.module("nvidia_uvm", 0)
+    made.module("nvidia_drm", 0)
+    made.write(f"/lib/modules/{GA}/vmlinuz")
+    return made
+
+
+def test_modules_that_only_use_each_other_have_no_references(root: Root) -> None:
+    assert (root.look()["references"], root.look()["holders"]) == (0, [])
+    root.write("/sys/module/nvidia/refcnt", "5\n")
+    root.write("/sys/module/nvidia_drm/refcnt", "1\n")
+    assert root.look()["references"] == 3
+
+
+def test_a_module_of_somebody_else_is_a_holder(root: Root) -> None:
+    root.write("/sys/module/nvidia/refcnt", "4\n")
+    root.write("/sys/module/nvidia/holders/gdrdrv")
+    assert (root.look()["references"], root.look()["holders"]) == (0, ["the module gdrdrv"])
+
+
+def test_a_further_module_is_seen(root: Root) -> None:
+    assert root.look()["lacking"] == ["ib_umad"]
+    root.module("ib_umad", 0)
+    assert root.look()["lacking"] == []
+
+
+def test_initial_file_systems_of_installed_kernels_count_and_no_others(root: Root) -> None:
+    root.write(BLACKLIST, age_seconds=60)
+    root.write(f"/boot/initrd.img-{GA}")
+    root.write("/boot/initrd.img-5.10.0-1-amd64", age_seconds=600)  # of a kernel that was removed
+    root.write(f"/boot/initrd.img-{GA}.old-dkms", age_seconds=600)
+    (root.path / f"boot/initrd.img-{NEXT}").symlink_to("/nonexistent")
+    root.write(f"/lib/modules/{NEXT}/vmlinuz")
+    assert root.look()["initramfs_stale"] is False
+    root.write(f"/boot/initrd.img-{GA}", age_seconds=600)
+    assert root.look()["initramfs_stale"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [('{"reason": "r", "boot_id": "b"}', {"reason": "r", "boot_id": "b"}), ("", None), ("{half", None), ("[1]", None)],
+)
+def test_the_record_of_a_reboot_is_read(root: Root, text: str, expected: Any) -> None:
+    assert root.look()["rebooted"] is None
+    root.write(REBOOT_RECORD, text)
+    assert root.look()["rebooted"] == expected
+
+
+# --- loading, with stand-ins for what the kernel's tools answer -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tools", "code", "words"),
+    [
+        ({}, 0, ""),
+        ({"modprobe": "echo $1: No such device; exit 1"}, 1, "modprobe nvidia: nvidia: No such device"),
+        ({"modprobe": "[ $1 = nvidia ] || sleep 60"}, 1, "modprobe nvidia_uvm: no end within 1 s"),
+        ({"modprobe": "echo Key was rejected by service; exit 1"}, 1, "Secure Boot refuses the module"),
+        ({"nvidia-smi": "echo No devices were found; exit 6"}, 1, "nvidia-smi -L: No devices were found"),
+        ({"nvidia-smi": "exec sleep 60"}, 1, "nvidia-smi -L: no answer within 1 s"),
+    ],
+    ids=["well", "no device", "hangs", "Secure Boot", "no answer", "nvidia-smi hangs"],
+)
+def test_loading_ends_and_says_why(tmp_path: Path, tools: dict[str, str], code: int, words: str) -> None:
+    for name in ("modprobe", "nvidia-smi", "nvidia-modprobe", "journalctl"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{tools.get(name, 'true')}\n")
+        (tmp_path / name).chmod(0o755)
+    script = _LOAD.format(modules="nvidia nvidia_uvm").replace("300", "1")
+    tools_first = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    ended = subprocess.run(["sh", "-c", script], capture_output=True, text=True, env=tools_first, timeout=30)
+    assert (ended.returncode, words in ended.stderr) == (code, True), ended.stderr

@@ -100,7 +100,7 @@ def test_active_reasons_for_slower_clocks() -> None:
     gpu = recorded(
         "<clocks_event_reason_hw_thermal_slowdown>Not Active", "<clocks_event_reason_hw_thermal_slowdown>Active"
     )
-    assert gpu.event_reasons == {"hw_thermal_slowdown"}  # the recorded GPU idles, which slows nothing down
+    assert gpu.event_reasons == frozenset({"hw_thermal_slowdown"})  # the recorded GPU idles, which slows nothing down
 
 
 def test_reasons_had_another_name_before_driver_535() -> None:
@@ -109,7 +109,7 @@ def test_reasons_had_another_name_before_driver_535() -> None:
         "<clocks_throttle_reason_sw_power_cap>Active</clocks_throttle_reason_sw_power_cap>"
         "<clocks_throttle_reason_hw_slowdown>Not Active</clocks_throttle_reason_hw_slowdown></clocks_throttle_reasons>"
     )
-    assert gpu.event_reasons == {"sw_power_cap"}
+    assert gpu.event_reasons == frozenset({"sw_power_cap"})
 
 
 @pytest.mark.parametrize(

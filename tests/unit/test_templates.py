@@ -14,7 +14,7 @@ import jinja2
 import pytest
 import yaml
 
-from llmhost.addresses import Archive
+from llmhost.addresses import Archive, Repository
 from llmhost.catalogue import ROOT
 from llmhost.plan.host import plan
 from llmhost.plan.model import EnginePlan, WebuiPlan
@@ -49,8 +49,9 @@ def written(path: str, **data: Any) -> str:
 OTHER_VALUES: dict[str, Any] = {
     "archive": Archive("http://m/debian", "http://m/security", ("trixie",), "trixie-security", ("main",), "/k.gpg", ()),
     "direct": ["localhost"],
-    "driver": DRIVER,
     "dropin": "/etc/systemd/system/nvidia-persistenced.service.d/llmhost.conf",
+    "entries": [Repository(("http://m/debian",), ("trixie",), ("contrib",), "/k.gpg")],
+    "extra": ("ib_umad",),
     "frozen": DRIVER.frozen,
     "inputs": ("/etc/docker/daemon.json",),
     "pins": DRIVER.pins,

@@ -37,12 +37,15 @@ DEPENDS = {
     "nvidia": (),
     "nvidia_uvm": ("nvidia",),
     "nvidia_modeset": ("nvidia",),
-    "nvidia_drm": ("nvidia_modeset",),
+    "nvidia_drm": ("nvidia_modeset", "nvidia"),  # as lsmod of a real host has it: nvidia 3 uvm,drm,modeset
     "nvidia_peermem": ("nvidia",),
     "nouveau": (),
 }
-# A device that containers may not open unless it is given to them (null would be open to all), and that opens anywhere.
-DEVICE = os.makedev(10, 237)  # loop-control
+# What udev loads once nvidia is in (71-nvidia.rules); nvidia_uvm is left out: NVIDIA's repository has no rule for it.
+UDEV = ("nvidia_modeset", "nvidia_drm")
+# Devices that do nothing when opened, and that containers may not open unless given to them, as they may null:
+# loop-control, fuse, kmsg. The first that this machine's kernel has stands for NVIDIA's.
+CLONED = ((10, 237), (10, 229), (1, 11))
 OPEN_SINCE = 0x1E00  # Turing; field notes, nvidia.md, section 0.3
 OPEN_ONLY_SINCE = 0x2900  # Blackwell
 
@@ -193,13 +196,15 @@ def load(name: str) -> None:
     if name in ("nvidia", "nouveau"):
         claim(name, "" if name == "nouveau" else fields(file)["license"])
     known = {"version": ""} if name == "nouveau" else fields(file)
-    (MODULE / name).mkdir()
+    (MODULE / name / "holders").mkdir(parents=True)
     if known["version"]:
         (MODULE / name / "version").write_text(f"{known['version']}\n")
     (MODULE / name / "initstate").write_text("live\n")
     (MODULE / name / "refcnt").write_text("0\n")
     if name == "nvidia":
         appear(known["version"], known["license"])
+        for other in UDEV:
+            load(other)
     if name == "nvidia_uvm":
         make_nodes("nvidia-uvm", "nvidia-uvm-tools")
 
@@ -262,14 +267,19 @@ def unload(name: str) -> None:
 
 
 def recount() -> None:
-    """References of each loaded module: modules that need it, and open device nodes."""
+    """References of each loaded module: its holders, which are modules that need it, and open device nodes."""
     held = open_nodes()
     uvm = sum(name.startswith("nvidia-uvm") for name in held)
     for name in DEPENDS:
         if name != "nouveau" and (MODULE / name).exists():
-            users = sum(name in DEPENDS[other] and (MODULE / other).exists() for other in DEPENDS)
+            users = {other for other in DEPENDS if name in DEPENDS[other] and (MODULE / other).exists()}
+            holders = MODULE / name / "holders"
+            for gone in {path.name for path in holders.iterdir()} - users:
+                (holders / gone).unlink()
+            for other in users:
+                (holders / other).touch()  # a link to the module in the kernel's
             nodes = {"nvidia_uvm": uvm, "nvidia": len(held) - uvm}.get(name, 0)
-            (MODULE / name / "refcnt").write_text(f"{users + nodes}\n")
+            (MODULE / name / "refcnt").write_text(f"{len(users) + nodes}\n")
 
 
 def open_nodes() -> list[str]:
@@ -288,9 +298,20 @@ def open_nodes() -> list[str]:
 def make_nodes(*names: str) -> None:
     for name in names:
         node = Path("/dev", name)
-        if not node.exists():
-            os.mknod(node, 0o020666, DEVICE)
-            node.chmod(0o666)
+        if not node.exists() and not any(clone(node, os.makedev(*numbers)) for numbers in CLONED):
+            fatal(f"none of the devices {CLONED} can be opened on this machine: the lab clones one of them as {node}")
+
+
+def clone(node: Path, device: int) -> bool:
+    """Makes the node, and says whether it opens; it stays only then."""
+    os.mknod(node, 0o020666, device)
+    node.chmod(0o666)
+    try:
+        os.close(os.open(node, os.O_RDWR))
+    except OSError:
+        node.unlink()
+        return False
+    return True
 
 
 def remove_nodes(*names: str) -> None:
