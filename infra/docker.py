@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import re
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from pyinfra import host, logger
@@ -16,6 +17,23 @@ DROP_IN = "/etc/systemd/system/docker.service.d/llmhost.conf"
 IMAGE = "/usr/local/lib/llmhost/gpu-image"
 
 Commands = Generator[StringCommand | FunctionCommand]
+
+
+# --- packages ---------------------------------------------------------------------------------------------------
+
+# What an engine needs of its own version.
+_ENGINES = {"docker-ce": ("docker-ce", "docker-ce-cli", "containerd.io"), "docker.io": ("docker.io",)}
+
+
+def outdated_engine(installed: Mapping[str, str], minimum: str) -> list[str]:
+    """Those of the installed packages that are of a Docker older than "26.1"."""
+    older = [engine for engine in _ENGINES if engine in installed and _number(installed[engine]) < _number(minimum)]
+    return [name for engine in older for name in _ENGINES[engine] if name in installed]
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """(26, 1) of "5:26.1.5-1~debian.12~bookworm"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.rpartition(":")[2])[:2])
 
 
 # --- daemon.json ------------------------------------------------------------------------------------------------
@@ -116,11 +134,15 @@ def configured(toolkit: bool, registry_mirror: str, inputs: tuple[str, ...], pro
 class CdiState(JsonFact):
     """What the CDI specification on a host says, and what is there: {"fault", "disabled"}.
 
+    The argument is "another system" where the driver is Windows's (WSL) or the machine's that a container runs on:
+    there is no module to compare with then, the libraries have versions of their own, and WSL has no /dev/nvidia0.
+
     MIG devices are not compared: after a change of MIG mode nvidia-cdi-refresh must be restarted by hand (#1828).
     """
 
     program = r"""
 import glob, json, os, re, subprocess, sys
+own = sys.argv[1] != "another system"
 def text(path):
     try:
         with open(path, errors="replace") as stream: return stream.read()
@@ -134,12 +156,14 @@ loaded = text("/sys/module/nvidia/version").strip()
 named = sorted(set(re.findall(r"lib(?:cuda|nvidia-ml)\.so\.(\d+\.[\d.]*\d)", spec)))
 nodes, there = sorted(set(re.findall(r"/dev/nvidia\d+\b", spec))), sorted(glob.glob("/dev/nvidia[0-9]*"))
 def fault():
+    if own and (different := differing()): return different
+    listed = "nvidia.com/gpu=all" in said("nvidia-ctk", "cdi", "list").split()
+    return "" if listed else "nvidia-ctk does not list nvidia.com/gpu=all"
+def differing():
     if not loaded: return "no NVIDIA driver is loaded"
     if not specs: return "there is none"
     if named != [loaded]: return "it is for driver %s, loaded is %s" % (" and ".join(named) or "unknown", loaded)
     if nodes != there: return "it names %s, the host has %s" % (" ".join(nodes) or "no GPU", " ".join(there) or "none")
-    listed = "nvidia.com/gpu=all" in said("nvidia-ctk", "cdi", "list").split()
-    return "" if listed else "nvidia-ctk does not list nvidia.com/gpu=all"
 units = ("nvidia-cdi-refresh.service", "nvidia-cdi-refresh.path")
 disabled = [unit for unit in units if said("systemctl", "is-enabled", unit).strip() == "disabled"]
 print(json.dumps({"fault": fault(), "disabled": disabled}))
@@ -154,9 +178,13 @@ exit 1
 
 
 @operation()
-def cdi_specified() -> Commands:
-    """The CDI specification is of the loaded driver and of the GPUs that are there, and is kept so at each boot."""
-    seen: dict[str, Any] | None = host.get_fact(CdiState, argument="")
+def cdi_specified(of_another_system: bool = False) -> Commands:
+    """The CDI specification is of the loaded driver and of the GPUs that are there, and is kept so at each boot.
+
+    + of_another_system: the driver is: it counts only that the GPUs are named
+    """
+    whose = "another system" if of_another_system else "this system"
+    seen: dict[str, Any] | None = host.get_fact(CdiState, argument=whose)
     if failed_look(seen):
         return
     found = seen or {"fault": "the host cannot be asked yet", "disabled": []}
@@ -165,11 +193,11 @@ def cdi_specified() -> Commands:
         yield StringCommand("systemctl", "enable", "--quiet", *found["disabled"])
     if not found["fault"]:
         if not found["disabled"]:
-            host.noop("the CDI specification is of the loaded driver")
+            host.noop("the CDI specification is as it should be")
         return
     _announce(f"CDI specification: {found['fault']}")
     yield StringCommand("sh", "-c", QuoteString(_REFRESH))
-    after = host.get_fact(CdiState, argument="")
+    after = host.get_fact(CdiState, argument=whose)
     if after is None or after["fault"]:
         why = after["fault"] if after else "it cannot be read"
         yield halt(f"the CDI specification is still wrong after nvidia-cdi-refresh.service: {why}. See docs/driver.md")

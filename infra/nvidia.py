@@ -13,7 +13,18 @@ from infra.facts import JsonFact, failed_look
 from infra.halt import halt
 from infra.reboot import is_this_machine, rebooted
 from infra.systemd import UnitStates
-from llmhost.modules import REBOOT_RECORD, Action, Due, Module, ModuleState, Reboot, due, extra_modules, stranding
+from llmhost.modules import (
+    OWN_HOLDERS,
+    REBOOT_RECORD,
+    Action,
+    Due,
+    Module,
+    ModuleState,
+    Reboot,
+    due,
+    extra_modules,
+    stranding,
+)
 from llmhost.plan.model import DriverPlan
 
 PERSISTENCE = "nvidia-persistenced.service"
@@ -29,8 +40,8 @@ class NvidiaModules(JsonFact):
     """What llmhost.modules.ModuleState holds, as JSON; one round trip."""
 
     program = r"""
-import glob, json, os, re, subprocess, sys
-blacklist, names, extra, record = json.loads(sys.argv[1])
+import glob, json, os, re, subprocess, sys, time
+blacklist, names, extra, record, own = json.loads(sys.argv[1])
 os.environ["PATH"] += ":/usr/sbin:/sbin"
 def text(path):
     try: return open(path, errors="replace").read().strip()
@@ -73,6 +84,17 @@ def opened(pid):
             if os.readlink(fd).startswith("/dev/nvidia"): return True
         except OSError: pass
     return False
+def holders():
+    processes = ((pid, holder(pid)) for pid in listed("/proc") if pid.isdigit() and opened(pid))
+    return {*processes, *(("", other) for other in strangers())}
+# Whoever asks nvidia-smi for a figure is gone in a second; only those that stay count.
+def staying():
+    found = holders()
+    for again in range(2):
+        if {name for pid, name in found} <= set(own): break
+        time.sleep(2)
+        found &= holders()
+    return sorted({name for pid, name in found})
 def bound():
     for device in glob.glob("/sys/bus/pci/devices/*"):
         driver = os.path.basename(os.path.realpath(device + "/driver"))
@@ -93,13 +115,14 @@ def rebooted():
 running = said("uname", "-r")
 installed = kernels(running)
 newest = installed[-1]
+held = staying() # before the references are counted
 print(json.dumps({"boot_id": text("/proc/sys/kernel/random/boot_id"), "kernel": running, "newest_kernel": newest,
     "loaded": module(text("/sys/module/nvidia/version"), "Open Kernel Module" in text("/proc/driver/nvidia/version")),
     "uvm": loaded("nvidia_uvm"), "disk": on_disk(running), "newest": on_disk(newest),
     "user_space": user_space(), "references": sum(max(0, uses(name)) for name in names),
-    "bound": sorted(set(bound())), "initramfs_stale": stale(installed), "rebooted": rebooted(),
+    "bound": sorted(set(bound())), "initramfs_stale": stale([running, newest]), "rebooted": rebooted(),
     "lacking": [name for name in extra if not loaded(name)],
-    "holders": sorted({*strangers(), *(holder(pid) for pid in listed("/proc") if pid.isdigit() and opened(pid))})}))
+    "holders": held}))
 """
 
 
@@ -114,6 +137,12 @@ def brings_persistence(driver: DriverPlan) -> bool:
     return bool(seen.get(PERSISTENCE, {}).get("enabled"))
 
 
+_STALE = (
+    "the initial file system is still older than the blacklist of nouveau, although update-initramfs was run. No other "
+    "driver holds the GPU now; one may at the next boot"
+)
+
+
 @operation()
 def module_running(driver: DriverPlan, drain: tuple[str, ...]) -> Commands:
     """The planned driver in the kernel: loaded, or unloaded and loaded, or by one reboot; looked at after each.
@@ -124,6 +153,8 @@ def module_running(driver: DriverPlan, drain: tuple[str, ...]) -> Commands:
     while (seen := _look(driver)) is not None:
         step = due(seen, driver, tried)
         if step.action == "nothing":
+            if "initramfs" in tried and seen.initramfs_stale:
+                logger.warning(f"{host.print_prefix}{_STALE}")
             if seen.rebooted:
                 yield StringCommand("rm", "-f", REBOOT_RECORD)
             elif not tried:
@@ -138,10 +169,13 @@ def module_running(driver: DriverPlan, drain: tuple[str, ...]) -> Commands:
 
 
 @operation()
-def replaceable(driver: DriverPlan) -> Commands:
-    """Stop before the packages change, where the loaded module could not follow them and no reboot may."""
+def replaceable(driver: DriverPlan, upgrade: bool = False) -> Commands:
+    """Stop before the packages change, where the loaded module could not follow them and no reboot may.
+
+    + upgrade: newer packages of the same branch will be installed, if there are any
+    """
     seen = _look(driver)
-    step = stranding(seen, driver) if seen else None
+    step = stranding(seen, driver, upgrade) if seen else None
     if seen and step and (refusal := _refusal(step, seen, driver)):
         yield halt(f"{refusal}. No package was changed")
         return
@@ -149,7 +183,7 @@ def replaceable(driver: DriverPlan) -> Commands:
 
 
 def _look(driver: DriverPlan) -> ModuleState | None:
-    asked = json.dumps([BLACKLIST, MODULES, extra_modules(driver), REBOOT_RECORD])
+    asked = json.dumps([BLACKLIST, MODULES, extra_modules(driver), REBOOT_RECORD, sorted(OWN_HOLDERS)])
     seen: dict[str, Any] | None = host.get_fact(NvidiaModules, argument=asked)
     if seen is None:
         return None

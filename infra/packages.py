@@ -30,14 +30,26 @@ class InstalledPackages(FactBase[dict[str, str]]):
         return {name: "".join(version) for name, status, *version in words if status == "installed"}
 
 
+class FirstBoot(FactBase[bool]):
+    """Whether cloud-init still configures archives and installs, and was not waited for since this boot."""
+
+    def command(self) -> str:
+        return f"[ -e {_WAITED} ] || cloud-init status 2>/dev/null | grep -w running || true"
+
+    def process(self, output: list[str]) -> bool:
+        return output == ["status: running"]
+
+
+# It goes at the next boot. A first boot that hangs is waited for once, not before each step.
+_WAITED = "/run/llmhost-first-boot"
+_FIRST_BOOT = f"timeout 300 cloud-init status --wait >/dev/null 2>&1; : >{_WAITED}"
+
 # pyinfra's apt.packages fails on a host that lost its power in the middle of dpkg ("dpkg was interrupted"), and while
 # another apt (a killed run's, a first boot's unattended upgrade) fetches lists or installs.
 _PREPARE = r"""
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 # Ubuntu's needrestart would restart services in the middle of the run; ours are restarted by their own steps.
 export NEEDRESTART_SUSPEND=1
-# A cloud image may still be configuring its archives and installing at its first boot.
-command -v cloud-init >/dev/null && timeout 300 cloud-init status --wait >/dev/null 2>&1
 """
 _LISTS = r"""
 # An archive that fails matters only where a package comes from it: apt-get install will say.
@@ -80,7 +92,8 @@ def installed(
     + rivals: dpkg's patterns of packages that may stand in the way
     + gives_way: which of those that are installed go in the same transaction
     + outdated: which of those that are installed have a version that will not do
-    + owned: packages of which llmhost alone decides: held ones change too, and all move to the planned version together
+    + owned: packages of which llmhost alone decides: held ones change too, and where a version or a branch gives way to
+      another all move together
     + remedy: what the operator can do if it fails
     """
     found = host.get_fact(InstalledPackages, packages=[*map(_name, packages), *rivals])
@@ -93,14 +106,17 @@ def installed(
         host.noop(f"{len(packages)} packages are installed")
         return
     _announce(lacking, going, old, present)
+    yield from _first_boot_ended()
     script = [_PREPARE, FETCH_LISTS, *fetch_own_lists(sources), _LISTS]
     # NVIDIA's packages that pin a version do so once they are installed, not in the transaction that installs them.
     pinning = [package for package in lacking if package.startswith(_PINNING)]
+    together = owned and bool(going or pinning or _moves(lacking, old, present, wanted))
     if pinning:
         # Purged, because preferences are a package's configuration, which a removed one leaves behind.
         yield _command([*script, _install(owned, remedy, "--purge")], [*pinning, *_removed(going, pinning=True)])
         script, going = [_PREPARE], [name for name in going if not name.startswith(_PINNING)]
-    changed = list(packages) if owned else lacking
+    # What is there and will do stays: given to apt it would move to its newest, a kernel's meta package too.
+    changed = packages if together else [name for name in packages if name in lacking or _name(name) in old]
     yield _command([*script, _install(owned, remedy)], [*changed, *_removed(going)])
 
 
@@ -142,6 +158,7 @@ def upgraded(patterns: Sequence[str], sources: Sequence[AptSource] = (), remedy:
     """
     if not state.is_executing:
         return
+    yield from _first_boot_ended()
     script = "\n".join([_PREPARE, FETCH_LISTS, *fetch_own_lists(sources), _LISTS])
     newer: dict[str, tuple[str, str]] | None = host.get_fact(NewerPackages, patterns=patterns, script=script)
     if failed_look(newer):
@@ -154,6 +171,17 @@ def upgraded(patterns: Sequence[str], sources: Sequence[AptSource] = (), remedy:
     # What comes along is not named: apt removes it some day, as it removes what nobody asked for.
     named = [name for name, (old, _) in newer.items() if old]
     yield _command([_PREPARE, _install(owned=False, remedy=remedy, more="--only-upgrade")], named)
+
+
+def _first_boot_ended() -> Generator[StringCommand]:
+    if host.get_fact(FirstBoot):
+        logger.info(f"{host.print_prefix}wait for cloud-init, which still sets the host up: up to 300 s")
+        yield StringCommand("sh", "-c", QuoteString(_FIRST_BOOT))
+
+
+def _moves(lacking: Sequence[str], old: Sequence[str], present: Mapping[str, str], wanted: set[str]) -> bool:
+    """Whether another version comes: one that is named, or one of packages that these bring along."""
+    return any(_name(package) in present for package in lacking) or not wanted.issuperset(old)
 
 
 def _name(package: str) -> str:

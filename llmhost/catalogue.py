@@ -183,6 +183,7 @@ class DockerPackages:
 class ToolkitPackages:
     """The container toolkit's packages and key."""
 
+    versions: tuple[str, ...]  # those that were looked at
     packages: tuple[str, ...]
     key: str
     fingerprint: str

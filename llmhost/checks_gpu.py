@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from llmhost.evidence import DEPLOY, Check, CouldNotLook, Plan, ServiceFailed, find, includes
 from llmhost.nvidia_smi import SmiGpu, parse
 
 NOT_REPORTED = "not reported by this card"
+OFF_BY_OTHERS = "off: the driver was installed by others (nvidia-smi -pm 1)"
 BEFORE_HOPPER = "not reported before Hopper (gpu.fabric_manager and gpu.cuda_init tell)"
 REPLACE = "the card is failing: drain this host, run NVIDIA's field diagnostic, have the card replaced"
 RESET = "reset the card (stop what uses it, then nvidia-smi --gpu-reset), or reboot"
@@ -154,13 +154,19 @@ def in_container(seen: dict[str, Any], plan: Plan) -> dict[str, Any]:
     return {**initialised(seen["cuda"], plan), "nvidia-smi": seen["gpus"]}
 
 
-def trouble(log: dict[str, Any], plan: Plan) -> dict[str, list[str]]:
-    """The log's events, each once: those that condemn a card or link, and those that an application causes."""
+def trouble(log: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """The log's events, each once: those that condemn a card or link, and those that an application causes.
+
+    What a log has not kept is no evidence of health, but a fault in what it has kept is one.
+    """
     events = [event(line) for line in log["lines"]]
-    return {
-        "fatal": list(dict.fromkeys(words for words, fatal in events if fatal)),
-        "others": list(dict.fromkeys(words for words, fatal in events if not fatal)),
-    }
+    fatal = list(dict.fromkeys(words for words, fatal in events if fatal))
+    hours = {name: log[f"{name}_seconds"] / 3600 for name in ("covers", "asked")}
+    span = f"{hours['covers']:.1f} of the last {hours['asked']:.1f} h"
+    if not fatal and hours["covers"] < hours["asked"]:
+        raise CouldNotLook(f"the kernel's log reaches back {span}: what was before that is not known")
+    others = list(dict.fromkeys(words for words, fatal in events if not fatal))
+    return {"fatal": fatal, "others": others, "covers": span}
 
 
 def event(line: str) -> tuple[str, bool]:
@@ -222,6 +228,10 @@ def throttling(gpu: SmiGpu) -> str:
 
 def persistence(gpu: SmiGpu) -> str:
     return {True: "on", False: "off", None: NOT_REPORTED}[gpu.persistence]
+
+
+def persistence_of_others(gpu: SmiGpu) -> str:
+    return OFF_BY_OTHERS if gpu.persistence is False else persistence(gpu)
 
 
 def recovery_action(gpu: SmiGpu) -> str:
@@ -290,8 +300,11 @@ def driver_rows(plan: Plan) -> tuple[Check, ...]:
     if not driver:
         return ()
     rows: tuple[Check, ...] = CARDS
+    installed = driver["source"] == "installed"
     if not is_of_another_system(driver):
-        rows += OWN_KERNEL + (PERSISTENCE if driver["source"] != "installed" else INSTALLED_PERSISTENCE)
+        rows += OWN_KERNEL + (INSTALLED_PERSISTENCE if installed else PERSISTENCE)
+    if driver["fabric_manager"] or not installed:
+        rows += (FABRIC_MANAGER,)
     if driver["fabric_manager"]:
         rows += (FABRIC_STATE,)
     if "nvlsm" in driver["packages"]:
@@ -443,15 +456,21 @@ OWN_KERNEL = (
         "no fatal Xid or SXid, no lost GPU, in this boot's last 24 h",
         view=trouble,
         agrees=lambda expected, seen: seen["fatal"] == [],
-        remedy=f"{LOG} --grep 'NVRM|SXid'; a card that repeats this after a reboot is failing",
+        remedy=f"{LOG} --grep 'NVRM|SXid'; once it is mended, reboot, or wait until the line is older than 24 h; a "
+        "card that repeats this after a reboot is failing. Where the log does not reach back far enough, wait until it "
+        "does, or give the journal more room (SystemMaxUse in journald.conf)",
     ),
-    Check(
-        "gpu.fabric_manager",
-        "gpu/units/nvidia-fabricmanager.service",
-        lambda plan: "active" if plan["driver"]["fabric_manager"] else "inactive",
-        remedy="it must run exactly where NVSwitches are, at the driver's own version: "
-        f"see journalctl -u nvidia-fabricmanager -b; {DEPLOY}",
-    ),
+)
+
+# Images of clouds have it enabled on every machine, and it fails where it finds no switch: only running is wrong there.
+WITHOUT_SWITCHES = "inactive or failed"
+FABRIC_MANAGER = Check(
+    "gpu.fabric_manager",
+    "gpu/units/nvidia-fabricmanager.service",
+    lambda plan: "active" if plan["driver"]["fabric_manager"] else WITHOUT_SWITCHES,
+    agrees=lambda expected, seen: seen in expected.split(" or "),
+    remedy="it must run exactly where NVSwitches are, at the driver's own version: "
+    f"see journalctl -u nvidia-fabricmanager -b; {DEPLOY}",
 )
 
 UNLOADS = "the driver unloads whenever nothing uses a card, and takes seconds to come back"
@@ -467,8 +486,12 @@ PERSISTENCE = (
 )
 # Of a driver that llmhost left as it was: it may have no daemon that a deployment could start.
 INSTALLED_PERSISTENCE = (
-    replace(
-        PERSISTENCE[0],
+    of_cards(
+        "persistence",
+        persistence_of_others,
+        "on",
+        OFF_BY_OTHERS,
+        NOT_REPORTED,
         remedy=f"{UNLOADS}: nvidia-smi -pm 1 (until the next boot), or install nvidia-persistenced and enable it",
     ),
 )

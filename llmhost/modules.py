@@ -44,7 +44,7 @@ class ModuleState:
     references: int  # uses of the loaded modules, beside those by each other
     holders: tuple[str, ...]  # services, processes and other modules that have a device or a module of the driver open
     bound: tuple[str, ...]  # other kernel drivers that hold a GPU: "nouveau"
-    initramfs_stale: bool  # one of an installed kernel was made before our blacklist was written
+    initramfs_stale: bool  # that of the running or the newest kernel was made before our blacklist was written
     lacking: tuple[str, ...] = ()  # those of `extra_modules` that are not loaded
     rebooted: Reboot | None = None  # the reboot that llmhost did and that has not helped yet
 
@@ -89,7 +89,7 @@ def due(state: ModuleState, driver: DriverPlan, tried: Collection[Action] = ()) 
     wanted = Module(state.user_space or state.newest.version, driver.modules)
     if unbootable := _unbootable(state, wanted):
         return Due("stop", unbootable)
-    found = _next(state, wanted)
+    found = _next(state, wanted, tried)
     if found.action == "reload" and "reload" in tried:
         found = Due("reboot", found.reason, f"could not be unloaded: {_users(state)}")
     if found.action == "reboot" and (useless := _useless(state, found)):
@@ -99,19 +99,22 @@ def due(state: ModuleState, driver: DriverPlan, tried: Collection[Action] = ()) 
     return found
 
 
-def stranding(state: ModuleState, driver: DriverPlan) -> Due | None:
+def stranding(state: ModuleState, driver: DriverPlan, upgrade: bool = False) -> Due | None:
     """The reboot that a change of packages would call for, where somebody holds the loaded module; None where none.
 
     Once the packages are another version's, what starts from then on does not talk to the old module.
+
+    + upgrade: any loaded driver is about to change: what apt has newer is known only once its lists are fetched
     """
     loaded, user_space = state.loaded.version, state.user_space
     exact = driver.source == "cuda-repository"  # Ubuntu's archive has its own say within a branch
     stays = loaded == driver.version if exact else loaded.partition(".")[0] == driver.branch
-    if driver.source == "installed" or not loaded or stays or user_space != loaded:
+    if driver.source == "installed" or not loaded or (stays and not upgrade) or user_space != loaded:
         return None
     if not set(state.holders) - OWN_HOLDERS:
         return None
-    return Due("reboot", f"{_words(state.loaded)} is loaded, planned is {driver.version}", f"{_users(state)} uses it")
+    planned = "an upgrade may replace it" if stays else f"planned is {driver.version}"
+    return Due("reboot", f"{_words(state.loaded)} is loaded, {planned}", f"{_users(state)} uses it")
 
 
 def _useless(state: ModuleState, due: Due) -> str:
@@ -172,8 +175,9 @@ def _unbootable(state: ModuleState, wanted: Module) -> str:
     return ""
 
 
-def _next(state: ModuleState, wanted: Module) -> Due:
-    if state.initramfs_stale:
+def _next(state: ModuleState, wanted: Module, tried: Collection[Action]) -> Due:
+    # One that stays old matters only where it lets another driver take the GPU.
+    if state.initramfs_stale and ("initramfs" not in tried or state.bound):
         return Due("initramfs", "the initial file system was made before nouveau was blacklisted")
     if state.loaded == wanted:
         if state.uvm and not state.lacking:

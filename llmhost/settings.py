@@ -12,11 +12,20 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic_core import PydanticCustomError
 
 from llmhost.catalogue import drivers
@@ -27,12 +36,48 @@ PYINFRA_PREFIXES = ("_", "ssh_", "podman_", "chroot_", "vagrant_", "terraform_",
 PYINFRA_NAMES = frozenset({"docker_identifier", "docker_platform", "docker_architecture"})  # docker_source is ours
 
 
+# URLs are written into configuration that root's apt, Docker and systemd read: what could end a line, a string or a
+# statement there is no part of one. urlsplit would drop line ends, and take the rest.
+_URL = re.compile(
+    r"https?://(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?|\[(?P<ipv6>[^\]]+)\])(?::(?P<port>[0-9]{1,5}))?"
+    r"(?P<path>(?:/(?:[A-Za-z0-9._~+=,:-]|%[0-9A-Fa-f]{2})*)*)"
+)
+
+
 def _url(value: str) -> str:
-    if value and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc):
-        raise ValueError("expected a URL such as https://mirror.example/simple/, or nothing")
-    if "@" in urlsplit(value).netloc:
+    if "@" in value:
         # It would be shown in plans, and stand in arguments on the host.
         raise PydanticCustomError("credentials", "expected a URL without user and password (the value is not shown)")
+    found = _URL.fullmatch(value)
+    if value and not (found and 1 <= int(found["port"] or 1) <= 65535 and _is_ipv6(found["ipv6"] or "::")):
+        raise ValueError(
+            "expected a URL such as https://mirror.example/simple/, or nothing: http or https, a host name, a port of "
+            "1 to 65535 if any, and a path of letters, digits and ._~+=,:%/-"
+        )
+    return value
+
+
+def _is_ipv6(address: str) -> bool:
+    try:
+        return "%" not in str(IPv6Address(address))  # no zone: it means another link on each machine
+    except ValueError:
+        return False
+
+
+def _needed_url(value: str, info: ValidationInfo) -> str:
+    if not value:
+        default = Settings.model_fields[str(info.field_name)].default
+        raise ValueError(f"cannot be empty; its default is {default}")
+    return _url(value)
+
+
+def _registry(value: str) -> str:
+    # dockerd would not start: "invalid mirror: path, query, or fragment at end of the URI".
+    found = _URL.fullmatch(_url(value))
+    if found and found["path"] not in ("", "/"):
+        raise ValueError(
+            "expected a registry without a path, such as https://mirror.example:5000: Docker takes no other"
+        )
     return value
 
 
@@ -96,39 +141,39 @@ def _host_list(value: str) -> str:
     return value
 
 
-def _branch(value: str) -> str:
+def _branch(value: Any) -> str:
     living, ended = drivers().branches, drivers().ended
-    if value in ended:
-        raise ValueError(f"branch {value} is end of life; its successor is {ended[value]}")
-    if value not in living:
-        raise ValueError(f"there is no branch {value}; expected one of {', '.join(living)}")
-    return value
+    # `--data driver_branch=580` arrives as a number: pyinfra parses what it can.
+    branch = str(int(value) if isinstance(value, float) and value.is_integer() else value)
+    if branch in ended:
+        raise ValueError(f"branch {branch} is end of life; its successor is {ended[branch]}")
+    if branch not in living:
+        raise ValueError(f"there is no branch {branch}; expected one of {', '.join(living)}")
+    return branch
 
 
-def _cuda_version(value: str) -> str:
-    if not re.fullmatch(r"1[23]\.\d", value):
+def _cuda_version(value: Any) -> str:
+    version = str(value)  # `--data cuda_toolkit_version=13.0` arrives as a number, too
+    if not re.fullmatch(r"1[23]\.[0-9]", version):
         raise ValueError("expected a CUDA version such as 13.0, in quotes")
-    return value
+    return version
 
 
-def _toolkit_version(value: str) -> str:
-    parts = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", value)
+def _toolkit_version(value: Any) -> str:
+    # `--data container_toolkit_version=1.20` arrives as the number 1.2: no version can be told from it.
+    parts = re.fullmatch(r"([0-9]+)\.([0-9]+)\.([0-9]+)", value) if isinstance(value, str) else None
     if not parts:
-        raise ValueError("expected a version such as 1.20.0")
+        raise ValueError("expected a version in quotes, such as 1.20.0")
     if tuple(map(int, parts.groups())) < (1, 19, 1):
         # CVE-2025-23266, 2025-23267 (1.17.8), CVE-2026-24260 (1.19.1): field notes, nvidia.md, section 4.
         raise ValueError(
             f"{value} has known vulnerabilities (CVE-2025-23266, CVE-2026-24260); expected 1.19.1 or newer"
         )
-    return value
-
-
-def _text(value: Any) -> Any:
-    # `--data driver_branch=580` arrives as a number: pyinfra parses what it can.
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    return parts[0]
 
 
 Url = Annotated[str, AfterValidator(_url)]
+NeededUrl = Annotated[str, AfterValidator(_needed_url)]
 Key = Annotated[str, AfterValidator(_key_file)]
 _KEY = "Public key that signs {}: `vendor`, or a file on this machine."
 Port = Annotated[int, Field(ge=1024, le=65535)]
@@ -201,12 +246,12 @@ class Settings(BaseModel):
         None, description="Password of the first administrator, 8 to 72 bytes; unset generates one on the host."
     )
 
-    mirror_hub: Url = Field("https://huggingface.co", description="Model hub the host downloads from.")
+    mirror_hub: NeededUrl = Field("https://huggingface.co", description="Model hub the host downloads from.")
     mirror_python_index: Url = Field("", description="Python package index of the host; empty is uv's own default.")
-    mirror_torch_index: Url = Field(
+    mirror_torch_index: NeededUrl = Field(
         "https://download.pytorch.org/whl/cpu", description="Index that holds PyTorch's CPU wheels."
     )
-    mirror_python_builds: Url = Field(
+    mirror_python_builds: NeededUrl = Field(
         "https://github.com/astral-sh/python-build-standalone/releases/download",
         description="Where uv fetches Python builds on hosts whose own Python is another version.",
     )
@@ -222,22 +267,24 @@ class Settings(BaseModel):
         "",
         description="Its security updates, where they lie elsewhere; empty takes them from mirror_apt_archive.",
     )
-    mirror_cuda: Url = Field(
+    mirror_cuda: NeededUrl = Field(
         "https://developer.download.nvidia.com/compute/cuda/repos",
         description="NVIDIA's CUDA repository, above its directories for each distribution.",
     )
     mirror_cuda_key: Key = Field("vendor", description=_KEY.format("the CUDA repository"))
-    mirror_container_toolkit: Url = Field(
+    mirror_container_toolkit: NeededUrl = Field(
         "https://nvidia.github.io/libnvidia-container/stable/deb",
         description="Repository of NVIDIA's container toolkit, above its directories for each architecture.",
     )
     mirror_container_toolkit_key: Key = Field("vendor", description=_KEY.format("the container toolkit's repository"))
-    mirror_docker: Url = Field(
+    mirror_docker: NeededUrl = Field(
         "https://download.docker.com/linux",
         description="Docker's repository, above its directories for each distribution.",
     )
     mirror_docker_key: Key = Field("vendor", description=_KEY.format("Docker's repository"))
-    mirror_registry: Url = Field("", description="Mirror of Docker Hub that the host's Docker asks first; empty: none.")
+    mirror_registry: Annotated[str, AfterValidator(_registry)] = Field(
+        "", description="Mirror of Docker Hub, without a path, that the host's Docker asks first; empty: none."
+    )
 
     proxy_http: Url = Field("", description="Proxy for http:// that apt, uv, the hub's client and Docker use.")
     proxy_https: Url = Field("", description="The same for https://.")
@@ -253,7 +300,7 @@ class Settings(BaseModel):
         description="Where the NVIDIA driver comes from; `auto` keeps a driver that will do, else takes Ubuntu's "
         "archive (on Debian NVIDIA's repository), and none where the engine runs on the CPU.",
     )
-    driver_branch: Annotated[str, BeforeValidator(_text), AfterValidator(_branch)] = Field(
+    driver_branch: Annotated[str, BeforeValidator(_branch)] = Field(
         "580", description="NVIDIA driver branch: 580 (to June 2028), 595 (to March 2027) or 615."
     )
     driver_modules: Literal["auto", "open", "closed"] = Field(
@@ -267,7 +314,7 @@ class Settings(BaseModel):
         description="CUDA compiler, for those who compile kernels: `venv` uses the one that the engine's wheels bring, "
         "`system` installs NVIDIA's packages. The engine needs none.",
     )
-    cuda_toolkit_version: Annotated[str, BeforeValidator(_text), AfterValidator(_cuda_version)] = Field(
+    cuda_toolkit_version: Annotated[str, BeforeValidator(_cuda_version)] = Field(
         "13.0", description="CUDA version of the toolkit; not above the driver's."
     )
     docker_source: Literal["auto", "none", "installed", "docker-ce", "distribution"] = Field(
@@ -275,7 +322,7 @@ class Settings(BaseModel):
         description="Where Docker comes from; `auto` keeps one that will do, else takes docker-ce on NVIDIA hosts, and "
         "none where the host gets no NVIDIA driver.",
     )
-    container_toolkit_version: Annotated[str, AfterValidator(_toolkit_version)] = Field(
+    container_toolkit_version: Annotated[str, BeforeValidator(_toolkit_version)] = Field(
         "1.20.0", description="Version of NVIDIA's container toolkit, at least 1.19.1."
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from infra.apt import planned_sources, policy, repositories, trusted, wrong_keys
-from infra.docker import DAEMON, DROP_IN, cdi_specified, configured, gpu_image_built
+from infra.docker import DAEMON, DROP_IN, cdi_specified, configured, gpu_image_built, outdated_engine
 from infra.hostfiles import HostFile, tree
 from infra.packages import installed, upgraded
 from infra.systemd import running
@@ -44,6 +46,7 @@ def containers(plan: HostPlan, upgrade: bool = False) -> None:
             packages=planned.packages,
             sources=planned.repositories,
             rivals=planned.conflicts,
+            outdated=partial(outdated_engine, minimum=planned.docker_minimum),
             owned=True,
             remedy=_REMEDY,
         )
@@ -72,7 +75,8 @@ def containers(plan: HostPlan, upgrade: bool = False) -> None:
     )
     running(name="docker.service", services=[Service("docker.service", _inputs(plan.base), 90)])
     if with_toolkit:
-        cdi_specified(name="CDI specification")
+        elsewhere = plan.driver is not None and plan.driver.of_another_system
+        cdi_specified(name="CDI specification", of_another_system=elsewhere)
         gpu_image_built(name="image of the GPU check")
 
 

@@ -36,6 +36,9 @@ def nvidia_driver(plan: HostPlan, upgrade: bool = False) -> None:
     if problems := wrong_keys(driver.repositories):
         refuse(problems)
         return
+    if driver.packages:
+        # First of all: a host that is stopped here stays as it was, without the marker too.
+        replaceable(name="loaded driver", driver=driver, upgrade=upgrade)
     trusted(
         name="keys and lists of the driver's repositories",
         sources=driver.repositories,
@@ -46,7 +49,6 @@ def nvidia_driver(plan: HostPlan, upgrade: bool = False) -> None:
     own = [*_marker(driver), *repositories(driver.repositories), *policy(plan)]
     tree(name="files of the driver", entries=[*own, *_module_files(driver), *(_persistence(driver) if kept_on else [])])
     if driver.packages:
-        replaceable(name="loaded driver", driver=driver)
         installed(
             name="packages of the driver",
             packages=driver.packages,
@@ -65,8 +67,8 @@ def nvidia_driver(plan: HostPlan, upgrade: bool = False) -> None:
             remedy=_REMEDY,
         )
     module_running(name="kernel modules", driver=driver, drain=(plan.engine.service.unit,))
-    if kept_on:
-        running(name="persistence mode and fabric manager", services=_services(driver))
+    if services := _services(driver, kept_on):
+        running(name="persistence mode and fabric manager", services=services)
 
 
 def _marker(driver: DriverPlan) -> list[HostFile]:
@@ -87,6 +89,6 @@ def _persistence(driver: DriverPlan) -> list[HostFile]:
     return [HostFile(load, modules), HostFile(DROP_IN, render(DROP_IN, dropin=DROP_IN))]
 
 
-def _services(driver: DriverPlan) -> list[Service]:
-    services = [Service(PERSISTENCE, (DROP_IN,), 60)]
-    return [*services, Service(FABRIC_MANAGER, (), 120)] if driver.fabric_manager else services
+def _services(driver: DriverPlan, kept_on: bool) -> list[Service]:
+    persistence = [Service(PERSISTENCE, (DROP_IN,), 60)] if kept_on else []
+    return [*persistence, *([Service(FABRIC_MANAGER, (), 120)] if driver.fabric_manager else [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from llmhost.catalogue import drivers
 from llmhost.hardware import Hardware
@@ -36,8 +37,9 @@ def plan_containers(
     if packages:
         notes.decide("containers", "docker_packages", " ".join(packages), _CONTENT[source])
     toolkit = _toolkit(settings, notes) if driver else ()
-    _check_holds("docker_source", hardware, packages, conflicts, notes)
-    _check_holds("container_toolkit_version", hardware, toolkit, (), notes)
+    outdated = packages if source == OWN and _replaced(hardware, notes) else missing(hardware, packages) and packages
+    _check_holds("docker_source", hardware, (*outdated, *conflicts), notes)
+    _check_holds("container_toolkit_version", hardware, missing(hardware, toolkit) and toolkit, notes)
     sources = [docker_source(settings, hardware)] if source == OWN else []
     planned = ContainersPlan(
         docker=source,
@@ -170,12 +172,18 @@ def _fault(hardware: Hardware) -> str:
     return _unfit(hardware) or _without_compose(hardware)
 
 
-def _check_holds(
-    setting: str, hardware: Hardware, packages: tuple[str, ...], conflicts: tuple[str, ...], notes: Notes
-) -> None:
+def _replaced(hardware: Hardware, notes: Notes) -> bool:
+    """Whether docker-ce replaces a Docker that is too old. Of this moment: a host that has it plans as a bare one."""
+    found = _version(hardware)
+    if not found or not (unfit := _unfit(hardware)):
+        return False
+    notes.decide("containers", "docker_replaced", found, f"replaces {found}: {unfit}")
+    return True
+
+
+def _check_holds(setting: str, hardware: Hardware, changing: Iterable[str], notes: Notes) -> None:
     """Packages on hold that would have to change or go."""
-    changing = {package.partition("=")[0] for package in packages} if missing(hardware, packages) else set()
-    if names := [name for name in held(hardware) if name in {*changing, *conflicts}]:
+    if names := [name for name in held(hardware) if name in {package.partition("=")[0] for package in changing}]:
         refuse_held(setting, "needs packages to change that are on hold", names, notes)
 
 
@@ -197,8 +205,10 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def _toolkit(settings: Settings, notes: Notes) -> tuple[str, ...]:
-    version = settings.container_toolkit_version
-    notes.decide("containers", "container_toolkit_version", version, notes.given("container_toolkit_version"))
+    version, known = settings.container_toolkit_version, drivers().toolkit.versions
+    unknown = "" if version in known else f"; it is not among the versions known here ({', '.join(known)})"
+    reason = notes.given("container_toolkit_version") + unknown
+    notes.decide("containers", "container_toolkit_version", version, reason)
     return tuple(f"{name}={version}-1" for name in drivers().toolkit.packages)
 
 

@@ -311,6 +311,8 @@ def _installed(host: Host) -> DriverPlan | None:
     modules = hardware.driver.loaded_modules or "open"
     notes.decide("driver", "driver_modules", modules, "the installed driver's")
     fabric = _fabric_manager(host) if not host.outside or "dgx" in hardware.platform else False
+    if fabric:
+        _check_fabric_manager(host, version)
     known = drivers().branches.get(branch)
     newest_cuda = hardware.driver.cuda_version or (known.cuda if known else "")
     toolkit = plan_toolkit(settings, hardware, host.cards, newest_cuda, notes)
@@ -501,6 +503,25 @@ def _fabric_manager(host: Host) -> bool:
     switches = host.hardware.nvswitches
     reason = f"{switches} NVSwitches" if switches else "no NVSwitch is visible: there is none, or its host manages it"
     return host.notes.decide("driver", "fabric_manager", switches > 0, reason)
+
+
+def _check_fabric_manager(host: Host, version: str) -> None:
+    """With a driver of other hands: its version and the fabric manager's must be equal, or neither starts."""
+    there = {
+        name: re.sub(r"^\d+:|-.*", "", found)
+        for name, found in installed(host.hardware).items()
+        if re.fullmatch(r"nvidia-fabricmanager(-\d+)?", name)
+    }
+    if version in there.values():
+        return
+    others = ", ".join(f"{name} {found}" for name, found in there.items())
+    host.notes.refuse(
+        "driver",
+        f"the host has {host.hardware.nvswitches} NVSwitches and driver {version}, but not nvidia-fabricmanager "
+        f"{version}" + (f" ({others} is installed)" if others else "") + ": without it CUDA answers 802",
+        f"Install it from where the driver came: apt-get install nvidia-fabricmanager-{_branch_of_version(version)}="
+        f"{version}-* (in NVIDIA's repository nvidia-fabricmanager={version}-*)",
+    )
 
 
 # --- packages and where they come from ---

@@ -15,7 +15,7 @@ from typing import Any
 Scalar = str | int | float | bool | None
 
 # Decisions about the state a host is in now: a converged host's plan is the bare one's, but for these.
-_MOMENTARY = ("reboot_expected",)
+_MOMENTARY = ("reboot_expected", "docker_replaced")
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,14 @@ class DriverPlan:
     frozen: tuple[str, ...]  # regular expressions of packages that unattended upgrades must leave alone
     cuda_toolkit: str  # "none" | "venv" | "system"
     reboot_allowed: str  # "auto" | "never"
+
+    @property
+    def of_another_system(self) -> bool:
+        """Windows's (WSL), or the machine's that a container runs on: here are neither its modules nor its packages.
+
+        The packages of every other driver are frozen, also of those that were there.
+        """
+        return self.source == "installed" and not self.frozen
 
 
 @dataclass(frozen=True)

@@ -128,8 +128,12 @@ def test_the_archive_is_where_the_setting_says_and_comes_back_from_there(
         file.write(STRANGER[own])
     before = box.read(own)
 
-    wrong = box.bad(mirror_apt_archive=settings["mirror_apt_archive"])
-    assert "mirror_apt_security is unset" in wrong
+    refused = box.bad(mirror_apt_archive=settings["mirror_apt_archive"])
+    assert "Refused: mirror_apt_security (default): is unset, but Debian's security updates" in refused
+    wrong = box.bad(
+        mirror_apt_archive=settings["mirror_apt_archive"], mirror_apt_security=settings["mirror_apt_archive"]
+    )
+    assert "(mirror_apt_security) as that of its security updates" in wrong
     assert f"{system}-security" in wrong
     assert (box.read(own), box.has(OUR_LIST)) == (before, False)
 

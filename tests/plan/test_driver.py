@@ -664,6 +664,13 @@ def test_drivers_of_other_hands_are_used_as_they_are(name: str) -> None:
     assert driver_of(machine(name)).source == "installed"
 
 
+def test_the_record_of_the_real_h200_identifies_no_card() -> None:
+    record = (ROOT / "tests/recorded/h200.json").read_text()
+    for name in ("serial", "uuid", "pdi", "board_part_number", "chassis_serial_number", "gpu_fabric_guid"):
+        values = set(re.findall(rf"<{name}>([^<]*)</{name}>", record))
+        assert values and not [value for value in values if re.search("[1-9]", value)], (name, values)
+
+
 def test_the_real_h200_keeps_its_driver_and_lacks_only_systemd() -> None:
     """It served a completion from the vllm.yaml of this plan (tests/recorded: where and when it was recorded)."""
     (problem,) = planned(recorded_h200()).problems
@@ -675,6 +682,37 @@ def test_the_real_h200_keeps_its_driver_and_lacks_only_systemd() -> None:
     assert (found.driver.modules, found.driver.generation, found.driver.gpus) == ("open", "hopper", 1)
     assert found.engine.flags["max-model-len"] == "auto"
     assert not found.engine.flags.keys() & {"enforce-eager", "gpu-memory-utilization", "dtype"}
+
+
+def with_switches(manager: str, **changes: str) -> Hardware:
+    """A host with NVSwitches, a driver of other hands, and this package for its fabric."""
+    return machine("h100", **{"nvswitches": "4", "packages": f"{GENERIC}\n{manager}", **changes})
+
+
+@pytest.mark.parametrize("name", ["nvidia-fabricmanager-580", "nvidia-fabricmanager"])
+def test_a_driver_that_was_there_is_used_with_the_fabric_manager_of_its_version(name: str) -> None:
+    version = str(outcome(machine("h100")).value("driver_version"))
+    found = driver_of(with_switches(f"{name} {version}-0ubuntu0.24.04.1 ii"))
+    assert (found.source, found.fabric_manager, found.packages) == ("installed", True, ())
+
+
+@pytest.mark.parametrize(
+    "manager",
+    [
+        "",
+        "nvidia-fabricmanager-580 580.65.06-1 ii",
+        "nvidia-fabricmanager-580 <version>-1 rc",
+        "libnvidia-nscq-580 <version>-1 ii",
+    ],
+)
+@pytest.mark.parametrize("platform", ["", "dgx"])
+def test_switches_without_the_fabric_manager_of_the_drivers_version_are_refused(manager: str, platform: str) -> None:
+    version = str(outcome(machine("h100")).value("driver_version"))
+    problem = refusal(with_switches(manager.replace("<version>", version), platform=platform))
+    assert problem.setting == "driver"
+    assert f"nvidia-fabricmanager {version}" in problem.message
+    assert "4 NVSwitches" in problem.message
+    assert f"nvidia-fabricmanager-580={version}-*" in problem.remedy
 
 
 def test_wsl_uses_the_driver_of_windows() -> None:
@@ -1365,6 +1403,41 @@ def test_packages_of_docker_on_hold_are_not_changed(
 def test_packages_of_docker_on_hold_that_are_as_planned_do_not_matter() -> None:
     there = "\n".join(f"{name} 5:29.1.3-1 hi" for name in drivers().docker.packages)
     assert containers_of(noble("2204", packages=f"{GENERIC}\n{there}")).docker == "docker-ce"
+
+
+@pytest.mark.parametrize("there", ["docker-ce 5:24.0.7-1~ubuntu.24.04~noble ii", "docker.io 24.0.7-0ubuntu4 ii"])
+def test_a_docker_that_is_too_old_is_said_to_be_replaced(there: str) -> None:
+    old = noble("2204", packages=f"{GENERIC}\n{there}", docker="server=24.0.7\ncompose=2.21")
+    found = outcome(old)
+    assert found.containers and found.containers.docker == "docker-ce"
+    assert found.value("docker_replaced") == "24.0.7"
+    assert "replaces 24.0.7: Docker 24.0.7 is older than 26.1" in found.reason("docker_replaced")
+
+
+def test_a_docker_that_was_replaced_has_the_plan_of_one_that_is_new() -> None:
+    """Else the plan on the host would be another's as soon as it was applied."""
+    plans = [
+        planned(
+            noble("2204", packages=f"{GENERIC}\ndocker-ce 5:{version}-1 ii", docker=f"server={version}\ncompose=2.40")
+        )
+        for version in ("24.0.7", "29.8.0")
+    ]
+    assert [bool(plan.problems) for plan in plans] == [False, False]
+    assert plans[0].hash == plans[1].hash
+
+
+def test_a_docker_that_is_too_old_and_on_hold_is_not_replaced() -> None:
+    there = "\n".join(f"{name} 5:24.0.7-1 hi" for name in drivers().docker.packages)
+    (problem,) = outcome(noble("2204", packages=f"{GENERIC}\n{there}")).problems
+    assert "apt-mark unhold docker-ce" in problem.remedy
+
+
+@pytest.mark.parametrize(("version", "said"), [("1.19.1", False), ("1.20.1", False), ("1.99.0", True)])
+def test_a_toolkit_that_is_not_known_here_is_planned_and_said_to_be(version: str, said: bool) -> None:
+    found = outcome(noble("2204"), container_toolkit_version=version)
+    assert found.containers and found.containers.toolkit_version == version
+    words = "not among the versions known here (1.19.1, 1.20.0, 1.20.1)"
+    assert (words in found.reason("container_toolkit_version")) is said
 
 
 def test_no_docker_where_none_is_wanted() -> None:

@@ -10,9 +10,12 @@ import dataclasses
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +28,8 @@ from pyinfra.connectors.fake import FakeConnector
 from pyinfra.connectors.util import CommandOutput, OutputLine
 
 import infra.reboot
+from infra.docker import CdiState, outdated_engine
+from infra.packages import _FIRST_BOOT, FirstBoot
 from llmhost.catalogue import ROOT
 from llmhost.plan.host import plan as make_plan
 from llmhost.plan.model import AptPin, AptSource, ContainersPlan, DriverPlan, HostPlan
@@ -123,6 +128,7 @@ class Machine:
     holders: list[str] = field(default_factory=list)
     drains: bool = True  # stopped services let go of the modules
     initramfs_stale: bool = False
+    keeps_initramfs: bool = False  # update-initramfs leaves it as old as it is
     lacking: list[str] = field(default_factory=list)  # further modules that are not loaded
     rebooted: dict[str, str] | None = None  # the record of a reboot
     newer: dict[str, tuple[str, str]] = field(default_factory=dict)  # (old, new) versions that an upgrade would bring
@@ -132,6 +138,7 @@ class Machine:
     adoptable: bool = False
     cdi: str = ""  # the driver version of the specification
     image: bool = False
+    first_boot: str = ""  # what cloud-init says of it while it runs
     asked: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
 
@@ -174,6 +181,7 @@ class Machine:
             "nvidia-cdi-refresh.path": lambda: json.dumps(
                 {"fault": "" if self.cdi == self.loaded else f"it is for driver {self.cdi}", "disabled": []}
             ),
+            "grep -w running": lambda: self.first_boot,
             "UnitFileState": lambda: json.dumps(self.units),
             '"check"': lambda: json.dumps(self.image),
             "cat /proc/sys/kernel/random/boot_id": lambda: f"boot-{self.boots}",
@@ -215,7 +223,8 @@ class Machine:
             r"def fetched\(setting": self.trust,
             r"os\.rename\(part, path\)": self.write,
             r"apt-get .* install (?P<words>[^\n]+)$": self.install,
-            "^update-initramfs": lambda found, stdin: self.set(initramfs_stale=False),
+            "^update-initramfs": lambda found, stdin: self.set(initramfs_stale=self.keeps_initramfs),
+            "cloud-init status --wait": lambda found, stdin: self.set(first_boot=""),
             r"for module in nvidia (?P<more>[^;]+); do.*modprobe": lambda found, stdin: self.set(
                 loaded=self.disk, lacking=[name for name in self.lacking if name not in found["more"].split()]
             ),
@@ -273,6 +282,8 @@ class Machine:
         if pinned and "nvidia-driver-cuda" in found["words"]:
             self.disk = pinned[0]
             self.packages |= {"libcuda1": f"{self.disk}-1", "nvidia-kernel-open-dkms": f"{self.disk}-1"}
+        if "docker-ce" in found["words"].split():
+            self.packages |= {"docker-ce": "5:29.7.2-1~debian.12~bookworm"}
         return ""
 
     def stop(self, found: re.Match[str], stdin: str) -> str:
@@ -721,6 +732,58 @@ def test_a_module_that_somebody_else_holds_stops_nothing_where_no_reboot_may_fol
     assert "No package was changed" in ran.log
 
 
+def test_a_host_that_is_stopped_before_its_packages_is_not_marked_as_ours(play: Callable[..., Run]) -> None:
+    machine = Machine(bound=[], loaded="570.86.15", disk="570.86.15", holders=["trainer.service"], references=1)
+    ran = play(machine, host_plan(dataclasses.replace(DRIVER, reboot_allowed="never")))
+    assert "No package was changed" in ran.log
+    assert (machine.contents, ran.done) == ({}, [])
+
+
+def test_an_initial_file_system_that_stays_old_is_said_and_stops_nothing(play: Callable[..., Run]) -> None:
+    machine = Machine(bound=[], keeps_initramfs=True)
+    ran = play(machine, host_plan())
+    assert not ran.failed, ran.log
+    assert machine.loaded == OLD
+    assert sum(command.startswith("update-initramfs") for command in ran.done) == 1
+    assert "although update-initramfs was run" in ran.log
+
+
+def test_an_initial_file_system_that_stays_old_stops_where_another_driver_has_the_gpu(play: Callable[..., Run]) -> None:
+    machine = Machine(keeps_initramfs=True)
+    ran = play(machine, host_plan())
+    assert (ran.failed, machine.boots) == (True, 1)
+    assert "after making the initial file system again the initial file system was made before" in ran.log
+
+
+def test_a_first_boot_is_waited_for_once_and_said(play: Callable[..., Run]) -> None:
+    machine = Machine(bound=[], first_boot="status: running")
+    ran = play(machine, host_plan())
+    assert not ran.failed, ran.log
+    (wait,) = [at for at, command in enumerate(ran.done) if "cloud-init" in command]
+    assert wait < ran.order("apt-get")[0]
+    assert "wait for cloud-init, which still sets the host up: up to 300 s" in ran.log
+
+
+def test_a_first_boot_that_hangs_is_waited_for_once(tmp_path: Path) -> None:
+    (tmp_path / "cloud-init").write_text('#!/bin/sh\n[ "$2" != --wait ] || exec sleep 60\necho status: running\n')
+    (tmp_path / "cloud-init").chmod(0o755)
+    tools = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+
+    def said(script: str) -> list[str]:
+        here = script.replace("/run/", f"{tmp_path}/").replace("timeout 300", "timeout 1")
+        return subprocess.run(["sh", "-c", here], capture_output=True, text=True, env=tools).stdout.splitlines()
+
+    look = FirstBoot()
+    assert look.process(said(look.command())) is True
+    assert said(_FIRST_BOOT) == []
+    assert look.process(said(look.command())) is False
+
+
+def test_a_first_boot_that_ended_is_not_waited_for(play: Callable[..., Run]) -> None:
+    ran = play(Machine(bound=[]), host_plan())
+    assert (ran.order("cloud-init"), "wait for cloud-init" in ran.log) == ([-1], False)
+
+
 def test_a_reboot_that_did_not_help_is_not_done_at_every_deploy(play: Callable[..., Run]) -> None:
     """Its boot loader is held to the older kernel, say."""
     machine = Machine(bound=[], newest_kernel=NEXT, helpless=True)
@@ -835,6 +898,14 @@ def test_the_fabric_manager_runs_where_it_is_planned(play: Callable[..., Run]) -
     assert not any("fabricmanager" in c and "start" in c for c in play(Machine(bound=[]), host_plan(DRIVER, None)).done)
 
 
+def test_the_fabric_manager_of_a_driver_without_a_persistence_daemon_runs(play: Callable[..., Run]) -> None:
+    machine = Machine(bound=[], loaded=OLD, disk=OLD)
+    ran = play(machine, host_plan(dataclasses.replace(KEPT, fabric_manager=True), None))
+    assert not ran.failed, ran.log
+    assert list(machine.units) == ["nvidia-fabricmanager.service"]
+    assert machine.units["nvidia-fabricmanager.service"]["active"] == "active"
+
+
 # --- upgrade.py -------------------------------------------------------------------------------------------------
 
 NEWER_DOCKER = {"docker-ce": ("5:29.7.2", "5:29.8.0")}
@@ -861,6 +932,18 @@ def test_an_upgrade_asks_for_what_unattended_upgrades_leave_alone(play: Callable
         ["docker-ce", "nvidia-"],
     ]
     assert all("APT::Update::Error-Mode=any" in command for command in asked)
+
+
+def test_an_upgrade_stops_before_apt_where_somebody_elses_work_has_the_gpu(
+    play: Callable[..., Run], converged: Machine
+) -> None:
+    converged.set(newer=dict(NEWER_KERNEL), holders=["trainer.service"], references=1)
+    never = host_plan(dataclasses.replace(DRIVER, reboot_allowed="never"))
+    ran = play(converged, never, upgrade=True)
+    assert (ran.failed, ran.done) == (True, [])
+    assert "trainer.service uses it. reboot_allowed is never" in ran.log
+    assert "No package was changed" in ran.log
+    assert not play(converged, never).failed, "a deploy changes nothing, and need not stop"
 
 
 def test_an_upgrade_of_a_host_that_has_the_newest_changes_nothing(play: Callable[..., Run], converged: Machine) -> None:
@@ -909,6 +992,42 @@ def test_a_daemon_json_that_cannot_be_read_is_not_replaced(play: Callable[..., R
     assert "/etc/docker/daemon.json cannot be read: Expecting value: line 1. It is not llmhost's to replace" in ran.log
 
 
+@pytest.mark.parametrize("lacking", ["libnvidia-container1", "docker-compose-plugin", "linux-headers-amd64"])
+def test_only_what_is_lacking_is_given_to_apt(play: Callable[..., Run], converged: Machine, lacking: str) -> None:
+    """What is there and will do would move to its newest: a kernel's meta package, a Docker under its containers."""
+    del converged.packages[lacking]
+    ran = play(converged, host_plan())
+    assert not ran.failed, ran.log
+    (only,) = [command for command in ran.done if "apt-get" in command]
+    assert re.search(rf" install {lacking}(=1\.20\.0-1)?$", only), only[-200:]
+
+
+def test_a_docker_that_is_too_old_is_replaced_with_what_is_of_its_version(
+    play: Callable[..., Run], converged: Machine
+) -> None:
+    converged.packages["docker-ce"] = "5:24.0.7-1~debian.12~bookworm"
+    ran = play(converged, host_plan())
+    assert not ran.failed, ran.log
+    (only,) = [command for command in ran.done if "apt-get" in command]
+    assert only.endswith(" install docker-ce docker-ce-cli containerd.io")
+    assert "replace docker-ce 5:24.0.7-1" in ran.log
+    assert play(converged, host_plan()).done == []
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [
+        ({"docker-ce": "5:26.1.0-1~debian.12~bookworm", "containerd.io": "1.6"}, []),
+        ({"docker-ce": "5:26.0.2-1~ubuntu", "containerd.io": "1.6", "runc": "1"}, ["docker-ce", "containerd.io"]),
+        ({"docker.io": "20.10.24+dfsg1-1"}, ["docker.io"]),
+        ({"docker.io": "28.2.2-0ubuntu1~24.04.1"}, []),
+        ({}, []),
+    ],
+)
+def test_a_docker_that_is_too_old_is_found(installed: dict[str, str], expected: list[str]) -> None:
+    assert outdated_engine(installed, "26.1") == expected
+
+
 def test_a_registry_mirror_restarts_docker_once(play: Callable[..., Run], converged: Machine) -> None:
     mirrored = host_plan(docker=dataclasses.replace(CONTAINERS, registry_mirror="https://mirror.example.org"))
     ran = play(converged, mirrored)
@@ -930,6 +1049,35 @@ def test_a_stale_cdi_specification_is_made_again(play: Callable[..., Run], conve
     assert not ran.failed
     (only,) = ran.done
     assert "systemctl restart nvidia-cdi-refresh.service" in only
+
+
+@pytest.mark.parametrize(("frozen", "whose"), [((), "another system"), (("nvidia-",), "this system")])
+def test_the_cdi_specification_is_judged_by_whose_driver_it_is(
+    play: Callable[..., Run], frozen: tuple[str, ...], whose: str
+) -> None:
+    machine = Machine(bound=[], loaded=OLD, disk=OLD)
+    play(machine, host_plan(dataclasses.replace(KEPT, frozen=frozen)))
+    asked = [command for command in machine.asked if "nvidia-cdi-refresh.path" in command]
+    assert asked
+    assert all(f"'{whose}' );" in command for command in asked), asked[0][-80:]
+
+
+@pytest.mark.parametrize(
+    ("listed", "whose", "fault"),
+    [
+        ("nvidia.com/gpu=all", "another system", ""),
+        ("nvidia.com/gpu=0", "another system", "nvidia-ctk does not list nvidia.com/gpu=all"),
+        ("nvidia.com/gpu=all", "this system", "no NVIDIA driver is loaded"),
+    ],
+    ids=["WSL", "WSL without", "a host without a driver"],
+)
+def test_wsl_has_neither_a_module_nor_a_node(tmp_path: Path, listed: str, whose: str, fault: str) -> None:
+    (tmp_path / "nvidia-ctk").write_text(f"#!/bin/sh\necho {listed}\n")
+    (tmp_path / "nvidia-ctk").chmod(0o755)
+    program = re.sub(r'"/(sys|dev|var|etc)\b', rf'"{tmp_path}/\1', CdiState.program)
+    tools = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    ended = subprocess.run([sys.executable, "-c", program, whose], capture_output=True, text=True, env=tools)
+    assert json.loads(ended.stdout)["fault"] == fault, ended.stderr
 
 
 def test_docker_alone_gets_no_toolkit(play: Callable[..., Run]) -> None:

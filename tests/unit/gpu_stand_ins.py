@@ -21,6 +21,7 @@ RECORDED = Path(__file__).resolve().parents[2] / "lab/gpu/nvidia-smi-q-h200.xml"
 VERSION = "580.159.04"  # of the recorded answer
 KERNEL, NEWER = "6.8.0-99-generic", "6.8.0-100-generic"
 CARD = "0000:00:06.0"
+UPTIME_HOURS = 100
 FROZEN_DRIVER, FROZEN_CONTAINERS = ["^nvidia-", "^libnvidia-"], ["^docker-ce", "^nvidia-container-toolkit"]
 TOOLKIT = (
     "nvidia-container-toolkit",
@@ -48,7 +49,8 @@ PROGRAMS = {
     "uname": 'case "$1" in -r) cat "$SAYS/kernel" ;; *) exec /bin/uname "$@" ;; esac',
     "modinfo": 'test -e "$SAYS/modinfo-$2" || { echo "modinfo: ERROR: Module nvidia not found." >&2; exit 1; }\n'
     'cat "$SAYS/modinfo-$2"',
-    "journalctl": 'cat "$SAYS/kernel-log"',
+    # Asked for seconds since boot, what it has kept the longest; else its last hours.
+    "journalctl": 'case "$*" in *short-monotonic*) cat "$SAYS/kernel-log-kept" ;; *) cat "$SAYS/kernel-log" ;; esac',
     "dmesg": 'echo "dmesg: read kernel buffer failed: Operation not permitted" >&2; exit 1',
     "systemctl": 'case "$*" in\n*NeedDaemonReload*) cat "$SAYS/stale" ;;\ndaemon-reload) touch "$SAYS/reloaded" ;;\n'
     '*ActiveState*) cat "$SAYS/units" ;;\nesac',
@@ -97,6 +99,8 @@ class GpuHost:
         for other, kind in (("0000:00:06.1", "0x040300"), ("0000:00:07.0", "0x068000")):  # its audio, an NVSwitch
             self.file(f"sys/bus/pci/devices/{other}/vendor", "0x10de\n")
             self.file(f"sys/bus/pci/devices/{other}/class", f"{kind}\n")
+        self.file("proc/uptime", f"{UPTIME_HOURS * 3600}.25 700000.00\n")
+        self.started(0.02)
         self.file("sys/module/nvidia/version", f"{VERSION}\n")
         self.file("proc/driver/nvidia/version", f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {VERSION}\n")
         for kernel in (KERNEL, NEWER):
@@ -114,6 +118,7 @@ class GpuHost:
         self.says(f"modinfo-{KERNEL}", VERSION)
         self.says(f"modinfo-{NEWER}", VERSION)
         self.says("kernel-log", "2026-11-20T08:00:00+00:00 host kernel: Linux version 6.8.0-99-generic\n")
+        self.says("kernel-log-kept", "[    0.000000] host kernel: Linux version 6.8.0-99-generic\n")
         self.says("stale", "no\n\nno\n")
         self.units("active", "inactive")
         rows = [f"{name} 1.20.0-1 ii " for name in TOOLKIT]
@@ -129,6 +134,11 @@ class GpuHost:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+    def started(self, seconds: float) -> None:
+        """The first process did, this long after the kernel: later in a container."""
+        ticks = round(seconds * os.sysconf("SC_CLK_TCK"))
+        self.file("proc/1/stat", f"1 (systemd (x)) S 0 1 1 0 -1 4194560 {'0 ' * 12}{ticks} 22000 3000\n")
 
     def device(self, name: str) -> None:
         path = self.root / "dev" / name

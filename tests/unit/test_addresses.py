@@ -45,6 +45,8 @@ NO_ADDRESS = {
     ("", "nvidia.com"): "the vendor's part of a device's name in CDI (nvidia.com/gpu=all)",
     ("templates/etc/systemd/system/open-webui.service.j2", "https://docs.openwebui.com"): "Documentation=, for people",
     ("llmhost/plan/containers.py", "docker.io"): "the name of Debian's and Ubuntu's package",
+    ("infra/docker.py", "docker.io"): "the same",
+    ("infra/docker.py", "containerd.io"): "the name of a package of Docker's",
     ("llmhost/plan/webui.py", "api.openai.com"): _REASON,
     ("llmhost/plan/webui.py", "api.github.com"): _REASON,
     ("llmhost/plan/webui.py", "openwebui.com"): _REASON,

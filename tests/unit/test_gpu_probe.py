@@ -285,7 +285,8 @@ FAULTS = [
     ],
     fault("persistence off", element("persistence_mode", "Disabled"), "gpu.persistence", "off"),
     fault("no daemon", lambda host: host.units("inactive", "inactive"), "gpu.persistence_daemon", "inactive"),
-    fault("a needless manager", lambda host: host.units("active", "failed"), "gpu.fabric_manager", "failed"),
+    fault("a needless manager", lambda host: host.units("active", "active"), "gpu.fabric_manager", "active"),
+    fault("a dead manager", switches("Completed", "Success", "failed"), "gpu.fabric_manager", "failed"),
     fault("no manager", switches("Completed", "Success", "inactive"), "gpu.fabric_manager", "inactive"),
     fault("a fabric that trains", switches("In Progress", "N/A"), "gpu.fabric_state", "In Progress, no status"),
     fault("a fabric that failed", switches("Completed", "Failure"), "gpu.fabric_state", "Completed, Failure"),
@@ -433,7 +434,9 @@ def test_an_applications_trouble_is_shown_and_passes(host: GpuHost) -> None:
     result = results(host)["gpu.no_xid"]
     assert result.state == PASSED
     others = ["Xid 31 at PCI:0000:00:06", "SXid 12028 at PCI:0000:c1:00.0, Non-fatal, Link 46"]
-    assert result.seen == {"fatal": [], "others": [*others, "Xid 145 at PCI:0000:00:06, not fatal"]}
+    assert result.seen["fatal"] == []
+    assert result.seen["others"] == [*others, "Xid 145 at PCI:0000:00:06, not fatal"]
+    assert result.seen["covers"] == "24.0 of the last 24.0 h"
 
 
 @pytest.mark.parametrize("number", [8, 13, 31, 43, 45, 63, 68, 69, 80, 92, 94, 137, 154])
@@ -444,8 +447,103 @@ def test_an_xid_that_another_check_or_nobody_judges_passes(host: GpuHost, number
     assert (result.state, result.seen["others"]) == (PASSED, [f"Xid {number} at PCI:0000:00:06"])
 
 
+def at(hours: float, words: str) -> str:
+    """A line of the kernel's, this long after its start."""
+    return f"[{hours * 3600:12.6f}] {words}"
+
+
+def journal_since(hours: float) -> Callable[[GpuHost], None]:
+    """The journal's oldest line of the kernel's is of then; what came before was rotated away, or never kept."""
+    return lambda host: host.says("kernel-log-kept", at(hours, "host kernel: something\n"))
+
+
+def ring_buffer(*lines: str) -> Callable[[GpuHost], None]:
+    said = "\n".join(lines)
+    return lambda host: host.program("dmesg", f"cat <<'END'\n{said}\nEND")
+
+
+def test_a_journal_that_is_too_young_is_no_evidence(host: GpuHost) -> None:
+    """98 of 100 hours: what happened in the 22 before that nobody knows."""
+    journal_since(98)(host)
+    result = results(host)["gpu.no_xid"]
+    assert result.state == SKIPPED
+    assert "the kernel's log reaches back 2.0 of the last 24.0 h" in result.seen
+    log(f"{XID}79, GPU has fallen off the bus.")(host)
+    assert results(host)["gpu.no_xid"].state == FAILED
+
+
+def test_where_the_journal_is_too_young_the_ring_buffer_is_read(host: GpuHost) -> None:
+    journal_since(98)(host)
+    ring_buffer(at(1, "Linux version"), at(80, f"{XID}79, GPU has fallen off the bus."))(host)
+    result = results(host)["gpu.no_xid"]
+    assert result.state == FAILED
+    assert result.seen == {
+        "fatal": ["Xid 79 at PCI:0000:00:06: GPU has fallen off the bus"],
+        "others": [],
+        "covers": "24.0 of the last 24.0 h",
+    }
+    # A fault that was mended without a reboot is over after a day, in the ring buffer, too.
+    ring_buffer(at(1, "Linux version"), at(75, f"{XID}79, GPU has fallen off the bus."))(host)
+    assert results(host)["gpu.no_xid"].state == PASSED
+
+
+def test_neither_log_reaches_far_enough(host: GpuHost) -> None:
+    journal_since(98)(host)
+    ring_buffer(at(97, "something"))(host)
+    result = results(host)["gpu.no_xid"]
+    assert (result.state, "3.0 of the last 24.0 h" in result.seen) == (SKIPPED, True)
+
+
+def test_a_line_without_a_time_covers_nothing(host: GpuHost) -> None:
+    host.says("kernel-log-kept", "")
+    ring_buffer("Linux version 6.8.0-99-generic")(host)
+    assert results(host)["gpu.no_xid"].state == SKIPPED
+
+
+def test_a_host_that_has_just_started_is_covered_since_then(host: GpuHost) -> None:
+    """Its journal begins when journald did, seconds after the kernel."""
+    host.file("proc/uptime", "1800.00 1.00\n")
+    host.says("kernel-log-kept", "[    4.125000] host kernel: systemd[1]: Inserted module\n")
+    result = results(host)["gpu.no_xid"]
+    assert (result.state, result.seen["covers"]) == (PASSED, "0.5 of the last 0.5 h")
+
+
+def test_a_container_answers_for_its_own_boot_only(host: GpuHost) -> None:
+    """As lab hosts are: they read the ring buffer of the machine's kernel, which began long before them."""
+    host.says("kernel-log-kept", "")
+    host.started(99.5 * 3600)
+    ring_buffer(at(98, "something"), at(99, f"{XID}79, GPU has fallen off the bus."))(host)
+    result = results(host)["gpu.no_xid"]
+    assert (result.state, result.seen["covers"]) == (PASSED, "0.5 of the last 0.5 h")
+    ring_buffer(at(99.7, "something"))(host)
+    assert results(host)["gpu.no_xid"].state == SKIPPED
+
+
+def test_what_to_do_after_a_mended_fault_is_said(host: GpuHost) -> None:
+    log(f"{XID}79, GPU has fallen off the bus.")(host)
+    remedy = results(host)["gpu.no_xid"].remedy
+    assert "once it is mended, reboot, or wait until the line is older than 24 h" in remedy
+
+
+def test_a_manager_without_switches_may_have_failed(host: GpuHost) -> None:
+    """Images of clouds have it enabled on all machines; it ends where it finds no switch."""
+    host.units("active", "failed")
+    result = results(host)["gpu.fabric_manager"]
+    assert (result.state, result.seen) == (PASSED, "failed")
+
+
+def test_the_manager_of_others_is_asked_for_only_where_switches_are(host: GpuHost) -> None:
+    host.plan["driver"]["source"] = "installed"
+    assert "gpu.fabric_manager" not in results(host)
+    switches("Completed", "Success")(host)
+    assert results(host)["gpu.fabric_manager"].state == PASSED
+    host.units("active", "inactive")
+    assert results(host)["gpu.fabric_manager"].state == FAILED
+
+
 def test_without_a_journal_the_ring_buffer_is_read(host: GpuHost) -> None:
-    host.says("kernel-log", "")
+    host.file("proc/uptime", "1800.00 1.00\n")
+    host.says("kernel-log-kept", "")
     host.program("dmesg", f'echo "[   12.345678] {XID}79, GPU has fallen off the bus."')
     assert results(host)["gpu.no_xid"].seen["fatal"] == ["Xid 79 at PCI:0000:00:06: GPU has fallen off the bus"]
 
@@ -456,14 +554,14 @@ def test_a_software_power_cap_is_no_throttling(host: GpuHost) -> None:
 
 
 def test_an_installed_driver_needs_no_daemon_of_ours(host: GpuHost) -> None:
-    """Persistence mode may come from elsewhere, as long as it is on; where it is off, llmhost cannot turn it on."""
+    """Where it is off, llmhost has nothing to turn it on with: that is shown, and fails no certificate for ever."""
     host.plan["driver"]["source"] = "installed"
     assert "gpu.persistence_daemon" not in results(host)
     element("persistence_mode", "Disabled")(host)
     result = results(host)["gpu.persistence"]
-    assert result.state == FAILED
-    assert "nvidia-smi -pm 1" in result.remedy
-    assert "deploy.py" not in result.remedy
+    assert result.state == PASSED
+    assert result.seen == {CARD: "off: the driver was installed by others (nvidia-smi -pm 1)"}
+    assert result.seen[CARD] in result.expected
 
 
 def test_updates_that_wait_are_told_and_fail_nothing(host: GpuHost) -> None:
@@ -517,7 +615,7 @@ def test_a_reboot_that_somebody_waits_for_is_shown(host: GpuHost) -> None:
 
 def empty_kernel_log(host: GpuHost) -> None:
     """As in a container: an empty log is no proof of a healthy card."""
-    host.says("kernel-log", "")
+    host.says("kernel-log-kept", "")
     host.program("dmesg", "exit 0")
 
 
@@ -651,10 +749,13 @@ def test_nothing_that_identifies_a_card_is_kept(host: GpuHost) -> None:
     element("serial", "1650123456789")(host)
     element("uuid", "GPU-5bd2c5a8-1111-2222-3333-444455556666")(host)
     element("chassis_serial_number", "1830123456789")(host)
+    element("gpu_fabric_guid", "0xb0e7a9c1")(host)
+    element("clusterUuid", "7d1e4b52-aaaa")(host)
     clocks = "<value>3201 MHz</value>\n<supported_graphics_clock>1980 MHz</supported_graphics_clock>"
     host.smi("<supported_clocks>N/A</supported_clocks>", f"<supported_clocks>\n{clocks}\n</supported_clocks>")
     seen = json.dumps(look(host))
-    assert not [secret for secret in ("1650123456789", "5bd2c5a8", "1830123456789", "0xe18a1649") if secret in seen]
+    identities = ("1650123456789", "5bd2c5a8", "1830123456789", "0xe18a1649", "0xb0e7a9c1", "7d1e4b52")
+    assert not [identity for identity in identities if identity in seen]
     assert "supported_graphics_clock" not in seen
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from infra.nvidia import _LOAD, MODULES, NvidiaModules
 from llmhost.modules import (
+    OWN_HOLDERS,
     REBOOT_RECORD,
     Action,
     Module,
@@ -97,6 +98,8 @@ UPGRADED: dict[str, Any] = {"disk": Module(NEW, "open"), "newest": Module(NEW, "
         ({"loaded": Module(), "bound": ("nouveau",)}, (), "reboot", "nouveau holds the GPU"),
         ({"loaded": Module(), "bound": ("nouveau",), "initramfs_stale": True}, (), "initramfs", "blacklisted"),
         ({"loaded": Module(), "bound": ("nouveau",)}, ("initramfs", "reboot"), "stop", "after .* and a reboot nouveau"),
+        ({"initramfs_stale": True}, ("initramfs",), "nothing", "is loaded"),
+        ({"initramfs_stale": True, "bound": ("nouveau",)}, ("initramfs",), "stop", "after making the initial file"),
         ({"loaded": Module(), "uvm": False}, ("load",), "stop", "after modprobe .* is not loaded"),
         ({"loaded": Module(), "uvm": False}, ("reboot",), "load", "is not loaded"),
         ({"disk": Module(), "loaded": Module(), "newest_kernel": NEXT}, (), "reboot", f"{NEXT}, running is {GA}"),
@@ -156,6 +159,22 @@ def test_packages_are_not_changed_under_somebody_elses_feet(
     found = stranding(state(**changes), plan)
     assert (found is not None) == strands
     assert found is None or "trainer.service uses it" in found.words
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "strands"),
+    [
+        ({"holders": ("trainer.service",)}, "ubuntu-archive", True),
+        ({"holders": ("trainer.service",)}, "cuda-repository", True),
+        ({"holders": ("trainer.service",)}, "installed", False),
+        ({"holders": ("vllm.service",)}, "ubuntu-archive", False),
+        ({"holders": ("trainer.service",), "loaded": Module()}, "ubuntu-archive", False),
+    ],
+)
+def test_an_upgrade_may_replace_any_loaded_driver(changes: dict[str, Any], source: str, strands: bool) -> None:
+    found = stranding(state(**changes), driver(source=source), upgrade=True)
+    assert (found is not None) == strands
+    assert found is None or "an upgrade may replace it, and trainer.service uses it" in found.words
 
 
 def test_who_holds_the_modules_does_not_make_it_another_reason() -> None:
@@ -366,9 +385,18 @@ class Root:
         for holder in holders:
             self.write(f"/sys/module/{name}/holders/{holder}")
 
-    def look(self) -> dict[str, Any]:
+    def process(self, pid: int, unit: str) -> None:
+        """One that has a device of the driver open."""
+        self.write(f"/proc/{pid}/cgroup", f"0::/system.slice/{unit}\n")
+        (self.path / f"proc/{pid}/fd").mkdir()
+        (self.path / f"proc/{pid}/fd/3").symlink_to("/dev/nvidia0")
+
+    def look(self, meanwhile: str = "raise SystemExit('it waits')") -> dict[str, Any]:
+        """+ meanwhile: Python, which happens in each two seconds that it waits"""
         program = re.sub(r'"/(sys|boot|lib|proc)\b', rf'"{self.path}/\1', NvidiaModules.program)
-        asked = json.dumps([f"{self.path}{BLACKLIST}", MODULES, ["ib_umad"], f"{self.path}{REBOOT_RECORD}"])
+        program = program.replace("time.sleep(2)", meanwhile)
+        files = (f"{self.path}{BLACKLIST}", f"{self.path}{REBOOT_RECORD}")
+        asked = json.dumps([files[0], MODULES, ["ib_umad"], files[1], sorted(OWN_HOLDERS)])
         tools = {"PATH": f"{self.path}/bin:/usr/bin:/bin"}
         ended = subprocess.run([sys.executable, "-c", program, asked], capture_output=True, text=True, env=tools)
         assert ended.returncode == 0, ended.stderr
@@ -401,7 +429,32 @@ def test_modules_that_only_use_each_other_have_no_references(root: Root) -> None
 def test_a_module_of_somebody_else_is_a_holder(root: Root) -> None:
     root.write("/sys/module/nvidia/refcnt", "4\n")
     root.write("/sys/module/nvidia/holders/gdrdrv")
-    assert (root.look()["references"], root.look()["holders"]) == (0, ["the module gdrdrv"])
+    seen = root.look(meanwhile="pass")
+    assert (seen["references"], seen["holders"]) == (0, ["the module gdrdrv"])
+
+
+def test_who_only_asks_for_a_figure_holds_nothing(root: Root) -> None:
+    """A monitoring service's nvidia-smi: its next one is another process."""
+    root.write("/sys/module/nvidia/refcnt", "5\n")
+    root.process(100, "vllm.service")
+    root.process(200, "telegraf.service")
+    proc = root.path / "proc"
+    poll = f"os.rename('{proc}/200', '{proc}/300') if os.path.exists('{proc}/200') else None"
+    left = f"open('{root.path}/sys/module/nvidia/refcnt', 'w').write('4')"
+    seen = root.look(meanwhile=f"{poll}; {left}")
+    assert (seen["holders"], seen["references"]) == (["vllm.service"], 1)
+
+
+def test_who_stays_is_a_holder(root: Root) -> None:
+    root.process(200, "trainer.service")
+    waits = root.path / "waits"
+    assert root.look(meanwhile=f"open('{waits}', 'a').write('x')")["holders"] == ["trainer.service"]
+    assert waits.read_text() == "xx"
+
+
+def test_where_nobody_else_is_nothing_waits(root: Root) -> None:
+    root.process(100, "vllm.service")
+    assert root.look()["holders"] == ["vllm.service"]
 
 
 def test_a_further_module_is_seen(root: Root) -> None:
@@ -410,10 +463,12 @@ def test_a_further_module_is_seen(root: Root) -> None:
     assert root.look()["lacking"] == []
 
 
-def test_initial_file_systems_of_installed_kernels_count_and_no_others(root: Root) -> None:
+def test_initial_file_systems_of_the_running_and_the_newest_kernel_count(root: Root) -> None:
     root.write(BLACKLIST, age_seconds=60)
     root.write(f"/boot/initrd.img-{GA}")
     root.write("/boot/initrd.img-5.10.0-1-amd64", age_seconds=600)  # of a kernel that was removed
+    root.write("/boot/initrd.img-6.0.0-1-amd64", age_seconds=600)
+    root.write("/lib/modules/6.0.0-1-amd64/vmlinuz")  # of an older one
     root.write(f"/boot/initrd.img-{GA}.old-dkms", age_seconds=600)
     (root.path / f"boot/initrd.img-{NEXT}").symlink_to("/nonexistent")
     root.write(f"/lib/modules/{NEXT}/vmlinuz")

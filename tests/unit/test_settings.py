@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ def test_names_of_pyinfra_are_not_settings() -> None:
         ({"mirror_cuda_key": ""}, ["mirror_cuda_key", "without a key", "vendor"]),
         ({"mirror_docker_key": "keys/mine.asc"}, ["mirror_docker_key", "absolute path"]),
         ({"docker_sorce": "none"}, ["docker_sorce", "Did you mean docker_source?"]),
+        ({"container_toolkit_version": 1.2}, ["container_toolkit_version", "in quotes, such as 1.20.0", "got 1.2"]),
+        ({"container_toolkit_version": "1.\uff12\uff10.0"}, ["container_toolkit_version", "such as 1.20.0"]),
+        ({"driver_branch": True}, ["driver_branch", "expected one of 580, 595, 615", "got True"]),
+        ({"driver_branch": 580.5}, ["driver_branch", "there is no branch 580.5", "580, 595, 615"]),
+        ({"driver_branch": ["580"]}, ["driver_branch", "expected one of 580, 595, 615"]),
+        ({"cuda_toolkit_version": True}, ["cuda_toolkit_version", "such as 13.0, in quotes"]),
+        ({"mirror_registry": "https://mirror.example/hub"}, ["mirror_registry", "without a path", "/hub"]),
         ({"proxy_https": "proxy:3128"}, ["proxy_https", "expected a URL"]),
         ({"proxy_bypass": "a b"}, ["proxy_bypass", "separated by commas"]),
     ],
@@ -76,6 +84,78 @@ def test_names_of_pyinfra_are_not_settings() -> None:
 def test_bad_input_is_explained(data: dict[str, Any], words: list[str]) -> None:
     message = refused(**data)
     assert [word for word in words if word not in message] == []
+
+
+URLS = sorted(name for name in Settings.model_fields if re.match("mirror_|proxy_http", name) and name[-4:] != "_key")
+NEEDED = [name for name in URLS if Settings.model_fields[name].default and name != "proxy_bypass"]
+
+
+@pytest.mark.parametrize("name", URLS)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://mirror.example/\nApt::Get::AllowUnauthenticated true",
+        "https://mirror.example\n",
+        "https://mirror.example/a b",
+        'https://mirror.example/"; DPkg::Pre-Invoke { "id"; };',
+        "https://mirror.example/'",
+        "https://mirror.example/;",
+        "https://mirror.example/{}",
+        "https://mirror.example\\evil.example/",
+        "https://mirror.example/%zz",
+        "https://mirror.example:0/",
+        "https://mirror.example:65536/",
+        "https://mirror.example:port/",
+        "https://:8080/",
+        "https://[::1/",
+        "https:///simple",
+        "https://[1:2]/",
+        "https://mirror.example:\u0663\u0661/",
+        "ftp://mirror.example/",
+        "https://mirror.example/\u00e4",
+    ],
+)
+def test_what_is_no_plain_url_never_reaches_a_hosts_configuration(name: str, url: str) -> None:
+    message = refused(**{name: url})
+    assert all(
+        words in message for words in (name, "expected a URL such as https://mirror.example/", "host name", "port")
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in URLS if name != "mirror_registry"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://10.0.0.1:3128",
+        "https://[2001:db8::1]:8443/pypi/simple/",
+        "https://mirror.example/a%20b/~x/v1.0_2+cu130/",
+        "https://pypi_proxy.example/simple",
+    ],
+)
+def test_plain_urls_are_taken(name: str, url: str) -> None:
+    assert getattr(load([Layer("home.py", {name: url})]).settings, name) == url
+
+
+@pytest.mark.parametrize("url", ["https://mirror.example", "http://mirror.example:5000/", ""])
+def test_a_registry_is_taken_without_a_path(url: str) -> None:
+    assert load([Layer("home.py", {"mirror_registry": url})]).settings.mirror_registry == url
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_an_address_that_is_needed_is_not_empty(name: str) -> None:
+    message = refused(**{name: ""})
+    assert f"cannot be empty; its default is {Settings.model_fields[name].default}" in message
+
+
+def test_the_addresses_that_are_needed() -> None:
+    assert set(NEEDED) == {
+        "mirror_container_toolkit",
+        "mirror_cuda",
+        "mirror_docker",
+        "mirror_hub",
+        "mirror_python_builds",
+        "mirror_torch_index",
+    }
 
 
 def test_every_fault_is_reported_at_once() -> None:
@@ -101,6 +181,7 @@ def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
 def test_a_number_given_for_the_driver_branch_is_taken() -> None:
     # pyinfra turns `--data driver_branch=595` into a number.
     assert load([Layer("--data", {"driver_branch": 595})]).settings.driver_branch == "595"
+    assert load([Layer("--data", {"driver_branch": 580.0})]).settings.driver_branch == "580"
     assert load([Layer("--data", {"cuda_toolkit_version": 13.0})]).settings.cuda_toolkit_version == "13.0"
 
 
