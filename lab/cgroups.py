@@ -68,12 +68,12 @@ def populated(leaf: str) -> bool:
 
 
 def processes(leaf: str) -> list[int]:
-    """Every process in the leaf and below."""
+    """Every process in the leaf and below; a group that goes while it is read has none (os.walk passes over it)."""
     return [
         int(pid)
         for directory in _unified_directories(leaf)
-        for file in directory.rglob("cgroup.procs")
-        for pid in _read(file).split()
+        for group, _, _ in os.walk(directory)
+        for pid in _read(Path(group, "cgroup.procs")).split()
     ]
 
 

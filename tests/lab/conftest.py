@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import secrets
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from lab import LabError, hosts, life, preflight, state
 from tests.lab.spine import NewHost, certificate_path, deploy
+
+# Started in the background of a script, pytest ignores Ctrl-C, and so would the programs whose interruption is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
