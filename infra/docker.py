@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from typing import Any
 
 from pyinfra import host, logger
@@ -17,23 +16,6 @@ DROP_IN = "/etc/systemd/system/docker.service.d/llmhost.conf"
 IMAGE = "/usr/local/lib/llmhost/gpu-image"
 
 Commands = Generator[StringCommand | FunctionCommand]
-
-
-# --- packages ---------------------------------------------------------------------------------------------------
-
-# What an engine needs of its own version.
-_ENGINES = {"docker-ce": ("docker-ce", "docker-ce-cli", "containerd.io"), "docker.io": ("docker.io",)}
-
-
-def outdated_engine(installed: Mapping[str, str], minimum: str) -> list[str]:
-    """Those of the installed packages that are of a Docker older than "26.1"."""
-    older = [engine for engine in _ENGINES if engine in installed and _number(installed[engine]) < _number(minimum)]
-    return [name for engine in older for name in _ENGINES[engine] if name in installed]
-
-
-def _number(version: str) -> tuple[int, ...]:
-    """(26, 1) of "5:26.1.5-1~debian.12~bookworm"."""
-    return tuple(int(part) for part in re.findall(r"\d+", version.rpartition(":")[2])[:2])
 
 
 # --- daemon.json ------------------------------------------------------------------------------------------------

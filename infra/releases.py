@@ -176,6 +176,12 @@ def _alias(release: Release) -> list[str]:
     return [f"mkdir -p {directory}", f"printf %s {shlex.quote(metadata)} > {directory}/METADATA"]
 
 
+_LIBCUDA = (
+    r"PATH=$PATH:/sbin ldconfig -p | sed -n 's/.*libcuda\.so\.1 (libc6,.*=> //p' | head -n 1 | grep . || "
+    r"echo /usr/lib/$(uname -m)-linux-gnu/libcuda.so.1"
+)
+
+
 def _compiler(release: Release) -> list[str]:
     """What linkers look for and NVIDIA's wheels lack: lib64, libcudart.so, and the driver's libcuda.so.
 
@@ -188,7 +194,8 @@ def _compiler(release: Release) -> list[str]:
         f"mkdir -p {home}/lib/stubs",
         f"ln -sfn lib {home}/lib64",
         f"ln -sf libcudart.so.13 {home}/lib/libcudart.so",
-        f"ln -sf /usr/lib/$(uname -m)-linux-gnu/libcuda.so.1 {home}/lib/stubs/libcuda.so",
+        # Not always where packages put it: /usr/local/nvidia/lib64 on the H200 seen, elsewhere for a .run driver.
+        f'ln -sf "$({_LIBCUDA})" {home}/lib/stubs/libcuda.so',
     ]
 
 

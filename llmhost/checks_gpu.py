@@ -12,6 +12,7 @@ from typing import Any
 
 from llmhost.evidence import DEPLOY, Check, CouldNotLook, Plan, ServiceFailed, find, includes
 from llmhost.nvidia_smi import SmiGpu, parse
+from llmhost.plan.model import of_another_system
 
 NOT_REPORTED = "not reported by this card"
 OFF_BY_OTHERS = "off: the driver was installed by others (nvidia-smi -pm 1)"
@@ -318,11 +319,7 @@ def driver_rows(plan: Plan) -> tuple[Check, ...]:
 
 
 def is_of_another_system(driver: Plan) -> bool:
-    """Windows's (WSL), or the machine's that a container runs on: here are neither its modules nor its packages.
-
-    The planner freezes the packages of every other driver, also of those that were there (llmhost/plan/driver.py).
-    """
-    return driver["source"] == "installed" and not driver["frozen"]
+    return of_another_system(driver["source"], driver["frozen"])
 
 
 def container_rows(plan: Plan) -> tuple[Check, ...]:

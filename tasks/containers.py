@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from infra.apt import planned_sources, policy, repositories, trusted, wrong_keys
-from infra.docker import DAEMON, DROP_IN, cdi_specified, configured, gpu_image_built, outdated_engine
+from infra.docker import DAEMON, DROP_IN, cdi_specified, configured, gpu_image_built
 from infra.hostfiles import HostFile, tree
 from infra.packages import installed, upgraded
 from infra.systemd import running
 from infra.task import refuse, task
 from llmhost.addresses import STORE, proxy_environment
+from llmhost.plan.containers import outdated_engine
 from llmhost.plan.model import BasePlan, HostPlan, Service
 from llmhost.render import render
 

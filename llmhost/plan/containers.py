@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from llmhost.catalogue import drivers
 from llmhost.hardware import Hardware
@@ -200,8 +200,19 @@ def _check_distribution(hardware: Hardware, notes: Notes) -> bool:
     return True
 
 
+# What an engine needs of its own version.
+_ENGINES = {"docker-ce": ("docker-ce", "docker-ce-cli", "containerd.io"), "docker.io": ("docker.io",)}
+
+
+def outdated_engine(installed: Mapping[str, str], minimum: str) -> list[str]:
+    """Those of the installed packages (name: version) that are of a Docker older than `minimum`, "26.1"."""
+    older = [engine for engine in _ENGINES if engine in installed and _number(installed[engine]) < _number(minimum)]
+    return [name for engine in older for name in _ENGINES[engine] if name in installed]
+
+
 def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    """(26, 1) of "26.1.5", and of "5:26.1.5-1~debian.12~bookworm"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.rpartition(":")[2])[:2])
 
 
 def _toolkit(settings: Settings, notes: Notes) -> tuple[str, ...]:

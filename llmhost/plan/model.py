@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,11 +169,16 @@ class DriverPlan:
 
     @property
     def of_another_system(self) -> bool:
-        """Windows's (WSL), or the machine's that a container runs on: here are neither its modules nor its packages.
+        return of_another_system(self.source, self.frozen)
 
-        The packages of every other driver are frozen, also of those that were there.
-        """
-        return self.source == "installed" and not self.frozen
+
+def of_another_system(source: str, frozen: Sequence[str]) -> bool:
+    """Windows's (WSL), or the machine's that a container runs on: here are neither its modules nor its packages.
+
+    The packages of every other driver are frozen, also of those that were there. Takes a DriverPlan's fields, or those
+    of its JSON.
+    """
+    return source == "installed" and not frozen
 
 
 @dataclass(frozen=True)

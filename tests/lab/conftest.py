@@ -21,7 +21,7 @@ def new_host() -> Iterator[NewHost]:
     try:
         preflight.require(["debian-12", "debian-13"])
     except LabError as refusal:
-        pytest.skip(str(refusal))
+        pytest.skip(str(refusal))  # names what this machine lacks; scripts/test refuses before
     prefix = f"sp{secrets.token_hex(2)}"
 
     def fresh(label: str, system: str = "debian-12", gpu: str = "") -> str:

@@ -12,8 +12,8 @@ import sys
 from typing import Any
 
 # Both are in Open WebUI's environment, in which this program runs, not in ours.
-import aiohttp  # type: ignore[import-not-found]
-import socketio  # type: ignore[import-not-found]
+import aiohttp  # type: ignore[import-not-found]  # not in our environment
+import socketio  # type: ignore[import-not-found]  # the same
 
 EVERY_TASK = {"title_generation": True, "tags_generation": True, "follow_up_generation": True}
 

@@ -58,8 +58,8 @@ class Deploy:
         program: str = "deploy.py",
     ) -> None:
         # Files, not pipes: nobody has to read along for the run to go on.
-        self._stdout = tempfile.NamedTemporaryFile("w")  # noqa: SIM115
-        self._stderr = tempfile.NamedTemporaryFile("w")  # noqa: SIM115
+        self._stdout = tempfile.NamedTemporaryFile("w")  # noqa: SIM115 - read after this returns
+        self._stderr = tempfile.NamedTemporaryFile("w")  # noqa: SIM115 - the same
         self._began = time.monotonic()
         self._process = subprocess.Popen(
             [*PYINFRA, inventory, program, "-y", "--json", "--limit", host, *words],

@@ -81,7 +81,7 @@ def _able_machine() -> None:
     try:
         preflight.require(["debian-12", "debian-13"])
     except LabError as refusal:
-        pytest.skip(str(refusal))
+        pytest.skip(str(refusal))  # names what this machine lacks; scripts/test refuses before
 
 
 @pytest.fixture

@@ -28,9 +28,10 @@ from pyinfra.connectors.fake import FakeConnector
 from pyinfra.connectors.util import CommandOutput, OutputLine
 
 import infra.reboot
-from infra.docker import CdiState, outdated_engine
+from infra.docker import CdiState
 from infra.packages import _FIRST_BOOT, FirstBoot
 from llmhost.catalogue import ROOT
+from llmhost.plan.containers import outdated_engine
 from llmhost.plan.host import plan as make_plan
 from llmhost.plan.model import AptPin, AptSource, ContainersPlan, DriverPlan, HostPlan
 from llmhost.settings import load
@@ -689,7 +690,7 @@ def test_reboot_allowed_never_stops_with_what_to_do(play: Callable[..., Run]) ->
     assert ran.failed
     assert (machine.boots, ran.order(REBOOT)) == (1, [-1])
     assert "nouveau holds the GPU. reboot_allowed is never. Reboot the host when it suits" in ran.log
-    machine.reboot(re.match("", ""), "")  # type: ignore[arg-type]  # the operator does
+    machine.reboot(re.match("", ""), "")  # type: ignore[arg-type]  # the match is not read: the operator reboots
     assert not play(machine, host_plan(dataclasses.replace(DRIVER, reboot_allowed="never"))).failed
 
 

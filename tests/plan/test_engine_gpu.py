@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -245,6 +246,22 @@ def test_the_compiler_can_link(tmp_path: Path) -> None:
         subprocess.run(["sh", "-euc", "\n".join(_compiler(release))], check=True)
     assert (home / "lib64/libcudart.so").samefile(home / "lib/libcudart.so.13")
     assert (home / "lib64/stubs/libcuda.so").readlink().name == "libcuda.so.1"
+
+
+def test_the_compiler_links_with_the_libcuda_that_the_loader_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real H200 it lay in /usr/local/nvidia/lib64, on no path of a package."""
+    loader = tmp_path / "bin/ldconfig"
+    loader.parent.mkdir()
+    lines = ("libcuda.so.1 (libc6,x86-64) => /usr/local/nvidia/lib64/libcuda.so.1", "libcuda.so (libc6) => /other")
+    loader.write_text("#!/bin/sh\nprintf '\\t%s\\n' " + " ".join(f"'{line}'" for line in lines) + "\n")
+    loader.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{loader.parent}:{os.environ['PATH']}")
+    release = dataclasses.replace(engine(machine("h200")).release, cuda_home=str(tmp_path / "home"))
+    subprocess.run(["sh", "-euc", "\n".join(_compiler(release))], check=True)
+    found = (tmp_path / "home/lib/stubs/libcuda.so").readlink()
+    assert str(found) == "/usr/local/nvidia/lib64/libcuda.so.1"
 
 
 def test_a_cpu_installation_has_no_compiler() -> None:

@@ -102,7 +102,7 @@ def test_gpus_are_counted_without_audio_switches_and_other_vendors(name: str, gp
 
 
 def test_every_machine_is_counted_above() -> None:
-    (mark,) = (m for m in test_gpus_are_counted_without_audio_switches_and_other_vendors.pytestmark)  # type: ignore[attr-defined]
+    (mark,) = (m for m in test_gpus_are_counted_without_audio_switches_and_other_vendors.pytestmark)  # type: ignore[attr-defined]  # set by the decorator
     assert {name for name, _ in mark.args[1]} == set(MACHINES)
 
 
